@@ -1,0 +1,35 @@
+"""What the tests share: one Ray for the whole session, and the folder of real clips where there is one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any of ours is imported: child processes and Ray workers inherit it, and nothing may look for a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def media() -> Path:
+    """The folder of real clips (HBI_MEDIA, or a checkout's neighbour), with its manifest."""
+    folder = Path(os.environ.get("HBI_MEDIA", ROOT.parent / "shared" / "media"))
+    if not (folder / "manifest.jsonl").exists():
+        pytest.skip(f"needs real clips: set HBI_MEDIA to a folder with manifest.jsonl (looked in {folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray of two CPUs for the session; importable working directory, no dashboard."""
+    import ray
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
