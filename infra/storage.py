@@ -1,0 +1,288 @@
+"""Files, local or in object storage: the only importer of s3fs.
+
+Paths are strings: local ones (any bytes that the file system allows, as `os.fsdecode` gives them), `file://` and
+`s3://`. Credentials and endpoint are s3fs's own: the AWS_* variables and files, and fsspec's configuration
+(`FSSPEC_S3='{"config_kwargs": {"read_timeout": 30}}'`).
+
+Whatever object storage does for a moment (503, time-out, a connection cut half-way, fewer bytes than asked for) is
+tried again with growing pauses. What lasts is an error: FileNotFoundError, PermissionError, or StorageError after
+the last try. Writing is whole or not at all.
+"""
+
+import functools
+import io
+import os
+import posixpath
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+PAUSES = (0.2, 0.6, 2.0, 5.0, 10.0)
+"""Seconds to wait before each further try of a request, times a random factor of 0.5 to 1."""
+RANGE_BYTES = 8 * 2**20
+"""Objects are read in requests of this size, each tried again by itself."""
+
+Result = TypeVar("Result")
+
+
+class StorageError(OSError):
+    """Object storage kept failing until the last try: an outage rather than a missing or forbidden object."""
+
+
+def is_remote(path: str) -> bool:
+    """True for `s3://`, False for a local path; ValueError for a scheme that we do not speak."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    if scheme is None or scheme[1].lower() == "file":
+        return False
+    if scheme[1].lower() == "s3":
+        return True
+    raise ValueError(f"{path}: {scheme[1]}:// is not read here: use a local path or s3://")
+
+
+def filesystem(path: str) -> Any:
+    """The fsspec filesystem of a path (made once per process), for what this module does not offer itself."""
+    if is_remote(path):
+        return _s3(os.getpid())
+    import fsspec
+
+    return fsspec.filesystem("file")
+
+
+@functools.lru_cache(maxsize=1)
+def _s3(pid: int) -> "S3FileSystem":
+    """s3fs with one layer of retries, ours: its own and botocore's beneath would multiply the waiting."""
+    from fsspec.config import conf
+    from s3fs import S3FileSystem
+
+    configured = conf.get("s3", {}).get("config_kwargs", {})
+    once = {"retries": {"total_max_attempts": 1, "mode": "standard"}, **configured}
+    remote = S3FileSystem(config_kwargs=once, use_listings_cache=False, skip_instance_cache=True)
+    remote.retries = 1
+    return remote
+
+
+def _persist(what: str, request: Callable[[], Result]) -> Result:
+    """`request()`, again after each pause while it fails for a reason that may pass."""
+    from aiohttp import ClientError as HttpError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
+
+    for pause in (*PAUSES, None):
+        try:
+            return request()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError):
+            raise
+        except (NoCredentialsError, ParamValidationError) as error:
+            raise PermissionError(f"{what}: {error}") from error
+        except (OSError, BotoCoreError, ClientError, HttpError) as error:
+            if pause is None:
+                raise StorageError(
+                    f"{what}: storage kept failing, {len(PAUSES) + 1} tries ({error})"
+                ) from error
+            time.sleep(pause * random.uniform(0.5, 1))
+    raise AssertionError("unreachable")
+
+
+def _local(path: str) -> str:
+    """A local path without its `file://`."""
+    return path[len("file://") :] if path[:7].lower() == "file://" else path
+
+
+def _key(path: str) -> str:
+    """`s3://bucket/key` as s3fs wants it: `bucket/key`."""
+    return path[len("s3://") :]
+
+
+def absolute(path: str) -> str:
+    """The path from the root; `~` is the home folder. Remote paths are absolute already."""
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(_local(path)))  # noqa: PTH100, PTH111
+
+
+def join(base: str, *parts: str) -> str:
+    """Like os.path.join, for both kinds: an absolute part or a part with a scheme starts anew, `..` is resolved."""
+    for part in parts:
+        if re.match(r"(s3|file)://", part, re.IGNORECASE):
+            base = part
+        elif is_remote(base) and not part.startswith("/"):
+            base = base.rstrip("/") + "/" + part
+            if ".." in part.split("/"):
+                base = "s3://" + posixpath.normpath(_key(base))
+        else:
+            base = os.path.join(base, part)  # noqa: PTH118 (pathlib loses a trailing slash and `s3://`)
+    return base
+
+
+def parent(path: str) -> str:
+    """The folder that holds a path."""
+    if is_remote(path):
+        return "s3://" + posixpath.dirname(_key(path).rstrip("/"))
+    return os.path.dirname(absolute(path))  # noqa: PTH120
+
+
+def size(path: str) -> int:
+    """Bytes of a file; FileNotFoundError if there is none."""
+    if is_remote(path):
+        remote = filesystem(path)
+        info = _persist(path, lambda: remote.info(_key(path), refresh=True))
+        if info["type"] != "file":
+            raise FileNotFoundError(f"{path}: is a folder, not an object")
+        return int(info["size"])
+    return Path(_local(path)).stat().st_size
+
+
+def exists(path: str) -> bool:
+    """Whether a file (or a local folder) is there."""
+    if not is_remote(path):
+        return Path(_local(path)).exists()
+    try:
+        size(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a seekable raw stream of ranged requests, each checked for its length."""
+
+    def __init__(self, path: str):
+        self.path, self.position, self.bytes = path, 0, size(path)
+        self.remote = filesystem(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.bytes}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer: Any, /) -> int:
+        end = min(self.bytes, self.position + min(len(buffer), RANGE_BYTES))
+        if end <= self.position:
+            return 0
+        content = _persist(self.path, lambda: self._range(self.position, end))
+        buffer[: len(content)] = content
+        self.position = end
+        return len(content)
+
+    def _range(self, start: int, end: int) -> bytes:
+        content = self.remote.cat_file(_key(self.path), start=start, end=end)
+        if len(content) != end - start:
+            raise OSError(f"short read: {len(content)} bytes of {end - start} from byte {start}")
+        return content
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file for reading, seekable; remote ones are fetched in ranges as they are read."""
+    if is_remote(path):
+        return io.BufferedReader(_Ranges(path), buffer_size=RANGE_BYTES)
+    return Path(_local(path)).open("rb")
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a file; FileNotFoundError if there is none."""
+    with open_file(path) as stream:
+        return stream.read()
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text file without their line ends, as a stream; bytes that are not UTF-8 survive (surrogates)."""
+    with open_file(path) as stream:
+        for line in stream:
+            yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+
+
+def local_copy(path: str, folder: str) -> str:
+    """A local path with the file's content: the path itself, or a copy of a remote object made inside `folder`."""
+    if not is_remote(path):
+        return absolute(path)
+    with open_file(path) as source:
+        handle, copy = tempfile.mkstemp(dir=folder, suffix=posixpath.splitext(path)[1][:10])
+        try:
+            with os.fdopen(handle, "wb") as target:
+                shutil.copyfileobj(source, target, RANGE_BYTES)
+        except BaseException:
+            Path(copy).unlink()
+            raise
+    return copy
+
+
+def put_file(local: str, path: str, move: bool = False) -> None:
+    """Copies (or moves) a finished local file to its place, whole or not at all; folders are made on the way."""
+    if is_remote(path):
+        remote = filesystem(path)
+        _persist(path, lambda: remote.put_file(local, _key(path)))
+        if move:
+            Path(local).unlink()
+        return
+    target = Path(absolute(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if move and Path(local).stat().st_dev == target.parent.stat().st_dev:
+        Path(local).replace(target)
+        return
+    with Path(local).open("rb") as source:
+        _replace(target, lambda stream: shutil.copyfileobj(source, stream, RANGE_BYTES))
+    if move:
+        Path(local).unlink()
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a file, whole or not at all; folders are made on the way."""
+    if is_remote(path):
+        remote = filesystem(path)
+        _persist(path, lambda: remote.pipe_file(_key(path), data))
+        return
+    target = Path(absolute(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, lambda stream: stream.write(data))
+
+
+def _replace(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Fills a neighbour of `target`, then renames it: no reader ever sees half a file, not even after a power cut."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            os.fchmod(stream.fileno(), 0o644)
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def list_files(folder: str, recursive: bool = False) -> list[str]:
+    """Paths of the files in a folder, sorted; empty if there is no such folder."""
+    if is_remote(folder):
+        remote = filesystem(folder)
+        depth = None if recursive else 1
+        found = _persist(folder, lambda: remote.find(_key(folder), maxdepth=depth))
+        return sorted("s3://" + key for key in found)
+    pattern = "**/*" if recursive else "*"
+    return sorted(str(path) for path in Path(_local(folder)).glob(pattern) if path.is_file())
+
+
+def delete(path: str) -> None:
+    """Removes a file; one that is not there is fine."""
+    if not is_remote(path):
+        Path(_local(path)).unlink(missing_ok=True)
+        return
+    remote = filesystem(path)
+    try:
+        _persist(path, lambda: remote.rm_file(_key(path)))
+    except FileNotFoundError:
+        return
