@@ -73,7 +73,9 @@ def sample_of(key: str, members: dict[str, bytes]) -> Sample:
     meta = json.loads(members["json"].decode("utf-8", "surrogateescape"))
     known = {f.name for f in fields(Sample)} - {"key", "frames"}
     names = sorted((name for name in members if name.endswith(".jpg")), key=lambda name: int(name[:-4]))
-    return Sample(key=key, frames=[members[n] for n in names], **{k: v for k, v in meta.items() if k in known})
+    return Sample(
+        key=key, frames=[members[n] for n in names], **{k: v for k, v in meta.items() if k in known}
+    )
 
 
 def read_shard(stream: IO[bytes]) -> Iterator[Sample]:
@@ -128,9 +130,13 @@ class ShardIndex:
             shards = [ShardInfo(**shard) for shard in index["shards"]]
             return ShardIndex(folder, index["settings"], shards)
         except FileNotFoundError:
-            raise ValueError(f"{folder}: not a shard folder (no {INDEX_NAME}): make one with `hbi shard`") from None
+            raise ValueError(
+                f"{folder}: not a shard folder (no {INDEX_NAME}): make one with `hbi shard`"
+            ) from None
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}/{INDEX_NAME}: not a shard index ({error}): run `hbi shard` again") from error
+            raise ValueError(
+                f"{folder}/{INDEX_NAME}: not a shard index ({error}): run `hbi shard` again"
+            ) from error
 
     def of_split(self, split: str) -> list[ShardInfo]:
         """The shards of one split; ValueError if there are none."""
