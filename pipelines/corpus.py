@@ -314,7 +314,8 @@ def encode(frames: list[np.ndarray]) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "veryfast", "crf": "20", "threads": "1"}
+        # Slower presets let x264's lookahead decide from memory that it has not written: bytes then vary.
+        stream.options = {"preset": "ultrafast", "crf": "20", "threads": "1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
