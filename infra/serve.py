@@ -164,14 +164,19 @@ def _unknown(id: str) -> HTTPException:
     return HTTPException(404, f"no video {id!r} in the index")
 
 
-def start(model_folder: str, index_folder: str, host: str = "127.0.0.1", port: int = 8000) -> str:
-    """Deploys the application on the running Ray and returns its address; ValueError if the port is taken."""
+def free_port(host: str, port: int) -> None:
+    """ValueError if nothing can listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"--port {port}: cannot listen on {host} ({error.strerror}): choose another port") from None
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--port {port}: cannot listen on {host} ({error}): choose another --port") from None
+
+
+def start(model_folder: str, index_folder: str, host: str = "127.0.0.1", port: int = 8000) -> str:
+    """Deploys the application on the running Ray and returns its address; ValueError if the port is taken."""
+    free_port(host, port)
     TokenIndex.open(index_folder)  # refuse what is no index here, in one line, not in a replica's log
     serve.start(http_options={"host": host, "port": port})
     serve.run(Search.bind(model_folder, storage.absolute(index_folder)), name=APP_NAME, route_prefix="/")

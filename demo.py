@@ -1,0 +1,209 @@
+"""`hbi demo`: the whole chain on a laptop, through the same functions as the commands, and a table of what came of it.
+
+Every stage resumes by itself: the corpus and the shards redo only what is missing, training goes on from its last
+checkpoint, and a demo that ended is only shown again. Other settings in the same folder start clean.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+QUESTIONS = (
+    "the red square moves left",
+    "the blue star grows then the yellow circle moves down",
+    "first a green cross spins and after that a green cross goes away",
+)
+EXPERIMENT = "demo"
+
+
+@dataclass
+class Demo:
+    """What a demo folder holds: its settings, and the seconds and results of the stages that ended."""
+
+    folder: Path
+    """Everything lies under it."""
+    settings: dict[str, Any]
+    """Number of clips and seed."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name, in order: `{"seconds", …}`."""
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "demo.json"
+
+    def open(self, fresh: bool) -> None:
+        """Resumes what lies in the folder, or starts clean, and says which."""
+        held = json.loads(self.file.read_text()) if self.file.exists() else None
+        if held and held["settings"] == self.settings and not fresh:
+            self.stages = held["stages"]
+            done = ", ".join(self.stages) or "nothing yet"
+            print(f"Resuming the demo in {self.folder} (done: {done}). --fresh starts clean.")
+            return
+        if held:
+            print(f"Starting clean: removing the demo in {self.folder}.")
+            shutil.rmtree(self.folder)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"--out {self.folder}: not empty and not a demo's folder: choose another")
+        else:
+            print(f"Starting clean in {self.folder}.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps({"settings": self.settings, "stages": self.stages}, indent=1))
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[dict[str, Any]]:
+        """Times a stage; what it puts into the dictionary is kept. The context is empty-handed if it ended before."""
+        print(f"\n== {name}: {what}", flush=True)
+        started = time.perf_counter()
+        result: dict[str, Any] = {}
+        yield result
+        self.stages[name] = {"seconds": round(time.perf_counter() - started, 1), **result}
+        self.save()
+
+
+def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int) -> None:
+    """The demo. Raises ValueError where the folder is someone else's, a port is taken, or retrieval is at chance."""
+    from infra.cluster import ray_running
+    from infra.serve import free_port
+
+    free_port("127.0.0.1", port)
+    demo = Demo(folder, {"clips": clips, "seed": seed})
+    demo.open(fresh)
+    tracking = f"sqlite:///{folder / 'mlflow.db'}"
+    if "corpus" not in demo.stages:
+        _corpus(demo)
+    with ray_running():
+        if "shard" not in demo.stages:
+            _shard(demo)
+        if "train" not in demo.stages:
+            _train(demo, tracking)
+        if "index" not in demo.stages:
+            _index(demo, tracking)
+        _search(demo, tracking, port)
+        print(table(demo), flush=True)
+        if serve:
+            _keep_serving(tracking, port)
+
+
+def _corpus(demo: Demo) -> None:
+    from tqdm import tqdm
+
+    from pipelines.corpus import make_corpus
+
+    with demo.stage("corpus", "H.264 clips of moving shapes, with captions and questions"):
+        with tqdm(total=demo.settings["clips"], unit="clip", mininterval=1) as bar:
+            for done in make_corpus(str(demo.folder / "corpus"), **demo.settings):
+                bar.update(done - bar.n)
+
+
+def _shard(demo: Demo) -> None:
+    from model.frames import FrameSettings
+    from pipelines.run import shard
+    from pipelines.shards import ShardSettings
+    from training.config import RUNS
+
+    model = RUNS["demo"].model
+    frames = FrameSettings(count=model.frames, size=model.towers.image_size)
+    with demo.stage("shard", "Ray Data decodes them into WebDataset tars") as result:
+        settings = ShardSettings(frames=frames, samples_per_shard=100)
+        summary = shard(str(demo.folder / "corpus" / "manifest.jsonl"), str(demo.folder / "shards"), settings)
+        print(summary)
+        result.update(rows=summary.rows, samples=summary.samples, failures=summary.failures)
+
+
+def _train(demo: Demo, tracking: str) -> None:
+    from training.config import RUNS
+    from training.run import train
+
+    with demo.stage("train", "Ray Train, two workers over gloo, checkpointing; tracked and registered in MLflow") as result:
+        config = replace(RUNS["demo"], seed=demo.settings["seed"])
+        trained = train(config, str(demo.folder / "shards"), str(demo.folder / "runs"), tracking=tracking)
+        result.update(metrics=trained.metrics, run_id=trained.run_id, version=trained.version)
+
+
+def _index(demo: Demo, tracking: str) -> None:
+    from infra.index import Maker
+    from infra.registry import pin_model, resolve_model
+    from pipelines.embed import index_shards
+    from pipelines.sample import ShardIndex
+
+    shards = str(demo.folder / "shards")
+    with demo.stage("index", "frame tokens of every clip, by models:/hbi@champion"):
+        maker = Maker(pin_model("models:/hbi@champion", tracking), tracking, ShardIndex.read(shards).settings)
+        folder = resolve_model(maker.model, tracking)
+        for done, total in index_shards(folder, maker, shards, str(demo.folder / "index")):
+            print(f"\r{done} of {total} clips", end="", flush=True)
+        print()
+
+
+def _search(demo: Demo, tracking: str, port: int) -> None:
+    from infra.registry import resolve_model
+    from infra.serve import start
+
+    with demo.stage("search", "Ray Serve answers over HTTP with models:/hbi@champion"):
+        address = start(resolve_model("models:/hbi@champion", tracking), str(demo.folder / "index"), port=port)
+        captions = _captions(demo.folder / "corpus" / "manifest.jsonl")
+        for question in QUESTIONS:
+            print(f"\n  “{question}”")
+            for result in _ask(address, question, 3):
+                print(f"    {result['score']:.3f}  {result['id']}  {captions[result['id']]}")
+
+
+def _ask(address: str, text: str, k: int) -> list[dict[str, Any]]:
+    body = json.dumps({"text": text, "k": k}).encode()
+    request = urllib.request.Request(f"{address}/search", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["results"]
+
+
+def _captions(manifest: Path) -> dict[str, str]:
+    """The first caption of every clip."""
+    rows = map(json.loads, manifest.read_text().splitlines())
+    return {row["id"]: row["captions"][0] for row in rows}
+
+
+def table(demo: Demo) -> str:
+    """What came of it: clips, seconds, and retrieval on the test split beside chance."""
+    shard, metrics = demo.stages["shard"], demo.stages["train"]["metrics"]
+    tests = round(metrics["test/videos"])
+    texts = round(metrics["test/texts"])
+    lines = [
+        "",
+        f"clips      {shard['rows']} in the manifest = {shard['samples']} samples + {shard['failures']} failures",
+        "seconds    " + ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in demo.stages.items()),
+        f"test       {tests} clips, {texts} captions     R@1     R@5    R@10    median rank",
+    ]
+    for label, way in (("text to video", "t2v"), ("video to text", "v2t")):
+        r1, r5, r10, median = (metrics[f"test/{way}/{name}"] for name in ("R@1", "R@5", "R@10", "MdR"))
+        lines.append(f"           {label:24} {r1:9.1f}%  {r5:5.1f}%  {r10:5.1f}%  {median:9.1f}")
+    chance = [100 * k / tests for k in (1, 5, 10)]
+    lines.append(
+        f"           {'chance':24} {chance[0]:9.1f}%  {chance[1]:5.1f}%  {chance[2]:5.1f}%  {(tests + 1) / 2:9.1f}"
+    )
+    times = metrics["test/t2v/R@1"] / chance[0]
+    lines.append(f"           text-to-video R@1 is {times:.0f} times chance")
+    if times < 10:
+        raise ValueError("\n".join([*lines, "R@1 is under ten times chance: the model or its training is wrong"]))
+    return "\n".join(lines)
+
+
+def _keep_serving(tracking: str, port: int) -> None:
+    """Keeps the page up, and the MLflow UI beside it, until Ctrl-C."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking, "--port", str(port + 1)]
+    with subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ui:
+        try:
+            print(f"\nsearch page  http://127.0.0.1:{port}/\nMLflow UI    http://127.0.0.1:{port + 1}/\nCtrl-C ends both")
+            threading.Event().wait()
+        finally:
+            ui.terminate()

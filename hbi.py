@@ -1,0 +1,253 @@
+"""The front door: the command `hbi`, one function a job. What a job needs is imported when it runs."""
+
+import difflib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+END_SECONDS = 3.5
+"""How long an interrupted command may tidy up before what it started is ended for it."""
+
+
+def demo(
+    out: str = "demo-out", clips: int = 2000, seed: int = 0, serve: bool = False, fresh: bool = False, port: int = 8000
+) -> None:
+    """The whole chain on the made corpus: videos, shards, training, registry, index, search.
+
+    Example: hbi demo --serve
+
+    Args:
+        out: Folder for everything that the demo makes.
+        clips: How many clips to make; a tenth of them is the test.
+        seed: Of the corpus and of the training.
+        serve: Keep the search page and the MLflow UI up at the end, until Ctrl-C.
+        fresh: Start clean even where an earlier demo could be resumed.
+        port: Of the search page; the MLflow UI takes the next one.
+    """
+    from demo import run
+
+    run(Path(out).resolve(), clips, seed, serve, fresh, port)
+
+
+def corpus(out: Positional[str], clips: int = 2000, seed: int = 0) -> None:
+    """Make the corpus of moving shapes: videos and manifest.jsonl.
+
+    Example: hbi corpus shapes --clips 2000 --seed 0
+
+    Args:
+        out: Folder or s3:// URI to write to.
+        clips: How many clips.
+        seed: The same seed gives the same bytes.
+    """
+    from tqdm import tqdm
+
+    from pipelines.corpus import make_corpus
+
+    with tqdm(total=clips, unit="clip", desc="corpus") as bar:
+        for done in make_corpus(out, clips, seed):
+            bar.update(done - bar.n)
+    print(f"{out}: {clips} clips and manifest.jsonl")
+
+
+def index(
+    model: Positional[str],
+    shards: Positional[str],
+    index: Positional[str],
+    split: str | None = None,
+    batch: int = 32,
+    gpus: int = 0,
+    tracking: str | None = None,
+) -> None:
+    """Build the token index of a shard folder with a model.
+
+    Example: hbi index models:/hbi@champion shards index
+
+    Args:
+        model: A model folder, models:/name@alias or models:/name/version.
+        shards: A folder that `hbi shard` wrote, local or s3://.
+        index: Folder or s3:// URI to write to.
+        split: Index this split only; all of them otherwise.
+        batch: Clips encoded at once.
+        gpus: GPUs to encode on; 0 encodes on the CPU.
+        tracking: MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    """
+    from tqdm import tqdm
+
+    from infra.cluster import ray_running
+    from infra.index import Maker
+    from infra.registry import pin_model, resolve_model, tracking_uri
+    from pipelines.embed import index_shards
+    from pipelines.sample import ShardIndex
+
+    uri = tracking_uri(tracking)
+    maker = Maker(pin_model(model, uri), uri, ShardIndex.read(shards).settings)
+    folder = resolve_model(maker.model, uri)
+    with ray_running(), tqdm(unit="clip", desc="index") as bar:
+        for done, bar.total in index_shards(folder, maker, shards, index, split, batch, gpus):
+            bar.update(done - bar.n)
+    print(f"{index}: tokens of {bar.n} clips by {maker.model}")
+
+
+def search(index: Positional[str], text: Positional[str], k: int = 10) -> None:
+    """Find the videos that match a sentence.
+
+    Example: hbi search index "the red square moves left" -k 5
+
+    Args:
+        index: A folder that `hbi index` wrote, local or s3://.
+        text: The sentence.
+        k: How many videos to show.
+    """
+    from infra.index import TokenIndex, encode_query
+    from infra.registry import resolve_model
+    from model.text import load_tokenizer
+    from model.weights import load_model
+
+    if not text.strip():
+        raise ValueError("the sentence is empty: write what the video shows")
+    if k < 1:
+        raise ValueError(f"-k {k}: ask for 1 video or more")
+    held = TokenIndex.open(index)
+    folder = resolve_model(held.maker.model, held.maker.tracking)
+    query, _ = encode_query(load_model(folder).eval(), load_tokenizer(folder), text)
+    for rank, (score, video) in enumerate(held.search(query, k), 1):
+        print(f"{rank:3d}  {score:6.3f}  {video.id}  {video.video}  {video.start:.2f}-{video.end:.2f} s")
+
+
+def serve(
+    model: Positional[str],
+    index: Positional[str],
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    tracking: str | None = None,
+) -> None:
+    """Answer text-to-video queries over HTTP, with a search page at / and the schema at /docs. Until Ctrl-C.
+
+    Example: hbi serve models:/hbi@champion index --port 8000
+
+    Args:
+        model: The model that made the index: a folder, models:/name@alias or models:/name/version.
+        index: A folder that `hbi index` wrote, local or s3://.
+        port: To listen on.
+        host: To listen on; 0.0.0.0 for every interface.
+        tracking: MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    """
+    from infra.cluster import ray_running
+    from infra.registry import resolve_model, tracking_uri
+    from infra.serve import free_port, start
+
+    free_port(host, port)
+    folder = resolve_model(model, tracking_uri(tracking))
+    with ray_running():
+        address = start(folder, index, host, port)
+        print(f"search page  {address}/\nschema       {address}/docs\nCtrl-C ends it", flush=True)
+        threading.Event().wait()
+
+
+CONTENTS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start here": {"demo": demo},
+    "Corpora": {"corpus": corpus},
+    "Training": {},
+    "Search": {"index": index, "search": search, "serve": serve},
+}
+
+
+def main() -> None:
+    """Runs one command; exits with 0 on success only, 1 on an error, 2 on a command line that cannot be read."""
+    args = [arg for arg in sys.argv[1:] if arg != "--debug"]
+    debug = len(args) < len(sys.argv) - 1
+    commands = {name: command for group in CONTENTS.values() for name, command in group.items()}
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(contents())
+        return
+    name, *rest = args
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        print(f"hbi: no command {name!r}{f': did you mean {near[0]!r}?' if near else ''} (hbi --help)", file=sys.stderr)
+        sys.exit(2)
+    _end_on_signal()
+    status = 1
+    try:
+        tyro.cli(_with_run(commands[name], rest), args=rest, prog=f"hbi {name}")
+        status = 0
+    except KeyboardInterrupt:
+        print(f"hbi {name}: interrupted", file=sys.stderr)
+        status = 130
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"hbi {name}: {one_line(error)}", file=sys.stderr)
+    finally:
+        _stop_ray()
+    if status:
+        sys.exit(status)
+
+
+def contents() -> str:
+    """`hbi --help`: every command with its first line, by the job it belongs to."""
+    lines = ["hbi: video-language representation learning with Hierarchical Banzhaf Interaction"]
+    for title, commands in CONTENTS.items():
+        lines += ["", title]
+        lines += [f"  {name:15} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    return "\n".join([*lines, "", "`hbi COMMAND --help` has the flags and an example; --debug shows tracebacks."])
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line. Ray wraps a worker's error: the innermost one is the user's."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(cause, BaseException):
+        error = cause
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, ValueError) or (isinstance(error, OSError) and text):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _end_on_signal() -> None:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt once; a moment later whatever is left of the command is ended."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        started = _descendants()
+        timer = threading.Timer(END_SECONDS, lambda: (_kill(started | _descendants()), os._exit(130)))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+
+
+def _descendants() -> set[Any]:
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def _kill(processes: set[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _stop_ray() -> None:
+    """Stops a Ray that this command started (a cluster that it joined stays up)."""
+    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
