@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10, 50)
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Elements of the similarity matrix held in float64 at one time."""
 
 Matrix = Float[Tensor, "texts videos"] | Float[np.ndarray, "texts videos"]
@@ -104,25 +104,28 @@ def query_ranks(
     A gallery entry is positive where its label equals the query's. `correction` maps a block of rows (float64) to
     the scores to rank by. ValueError on NaN.
     """
-    above, tied, hits = [], [], []
-    step = max(1, BLOCK // scores.shape[1])
-    for first in range(0, scores.shape[0], step):
-        rows = scores[first : first + step].double()
+    queries, gallery = scores.shape
+    # Written in place: results kept one by one pin the freed blocks between them, and the heap grows by gigabytes.
+    above, tied, hits = scores.new_zeros(3, queries, dtype=torch.float64)
+    step = max(1, BLOCK // gallery)
+    for first in range(0, queries, step):
+        block = slice(first, first + step)
+        rows = scores[block].double()
+        if correction is not None:
+            rows = correction(rows)
         if torch.isnan(rows).any():
             row, column = torch.isnan(rows).nonzero()[0].tolist()
             raise ValueError(
                 f"similarity: query {first + row}, gallery entry {column} is NaN: nothing to rank by"
             )
-        if correction is not None:
-            rows = correction(rows)
-        positive = query_label[first : first + step, None] == gallery_label[None, :]
-        answered = positive.any(1)
+        positive = query_label[block, None] == gallery_label[None, :]
         best = rows.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
         equal = rows == best
-        above.append((rows > best).sum(1)[answered])
-        tied.append((equal & ~positive).sum(1)[answered])
-        hits.append((equal & positive).sum(1)[answered])
-    g, e, p = (torch.cat(parts).double() for parts in (above, tied, hits))
+        above[block] = (rows > best).sum(1)
+        tied[block] = (equal & ~positive).sum(1)
+        hits[block] = (equal & positive).sum(1)
+    answered = hits > 0  # a positive always ties with the best positive
+    g, e, p = above[answered], tied[answered], hits[answered]
     within = torch.stack([_probability_within(k - g, e, p) for k in RECALL_AT], dim=1)
     return g + (e + p + 1) / (p + 1), within
 
