@@ -278,15 +278,21 @@ def _replace(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
-def list_files(folder: str, recursive: bool = False) -> list[str]:
-    """Paths of the files in a folder, sorted; empty if there is no such folder."""
+def list_sizes(folder: str, recursive: bool = False) -> dict[str, int]:
+    """Paths of the files in a folder with their bytes, sorted by path; empty if there is no such folder."""
     if is_remote(folder):
         remote = filesystem(folder)
         depth = None if recursive else 1
-        found = _persist(folder, lambda: remote.find(_key(folder), maxdepth=depth))
-        return sorted("s3://" + key for key in found)
+        found = _persist(folder, lambda: remote.find(_key(folder), maxdepth=depth, detail=True))
+        return {f"s3://{key}": int(info["size"]) for key, info in sorted(found.items())}
     pattern = "**/*" if recursive else "*"
-    return sorted(str(path) for path in Path(_local(folder)).glob(pattern) if path.is_file())
+    files = (path for path in Path(_local(folder)).glob(pattern) if path.is_file())
+    return {str(path): path.stat().st_size for path in sorted(files, key=str)}
+
+
+def list_files(folder: str, recursive: bool = False) -> list[str]:
+    """Paths of the files in a folder, sorted; empty if there is no such folder."""
+    return list(list_sizes(folder, recursive))
 
 
 def delete(path: str) -> None:
