@@ -1,0 +1,375 @@
+"""Shards: the rows of one planned unit become one tar, whole or not at all, with a commit record that says so.
+
+The tar is written to a spool file, put in its place in one step, and then recorded in `OUT/.done/<shard>.json`:
+counts, bytes, digest, and a failure for every row that has no sample. Only what is recorded counts. At the end the
+records, read as a stream, become `OUT/index.json` and `OUT/failures.jsonl`.
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from infra import storage
+from model.frames import FrameSettings
+from pipelines.decode import DecodeError, Decoder
+from pipelines.plan import Plan, Unit, read_unit
+from pipelines.read import Row
+from pipelines.sample import FAILURES_NAME, INDEX_NAME, Sample, ShardInfo, members_of
+
+DONE = ".done"
+SPOOL = ".spool"
+OUT_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ShardError(Exception):
+    """Something that stops the run, in one line: the output cannot be written, the storage is down."""
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How a manifest becomes shards."""
+
+    frames: FrameSettings = field(default_factory=FrameSettings)
+    """Which frames of a clip, and their size."""
+    samples_per_shard: int = 100
+    """Manifest rows per tar; those that fail leave it smaller."""
+    jpeg_quality: int = 95
+    """Of the frames, 1 to 100."""
+    clip_timeout: float = 60.0
+    """Seconds after which the decoding of a clip is ended and recorded as a failure."""
+    clip_memory: int = 4096
+    """MiB that the decoding of a clip may take."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {self.samples_per_shard}, must be at least 1")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality is {self.jpeg_quality}, must lie between 1 and 100")
+        if self.clip_timeout <= 0:
+            raise ValueError(f"clip_timeout is {self.clip_timeout}, must be above 0 seconds")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the shards: all but the patience with a clip."""
+        frames = asdict(self.frames)
+        return {
+            "frames": frames.pop("count"),
+            **frames,
+            "jpeg_quality": self.jpeg_quality,
+            "samples_per_shard": self.samples_per_shard,
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A manifest row that has no sample."""
+
+    key: str
+    """Number of the row, as in sample keys."""
+    id: str
+    """The manifest's id."""
+    video: str
+    """Path or URI."""
+    stage: str
+    """`read`, `decode` or `filter`."""
+    reason: str
+    """What went wrong, in one line."""
+    passing: bool = False
+    """The storage failed, not the clip: the next run tries this shard again."""
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What the summary and the report say about a sample."""
+
+    seconds: float
+    fps: float
+    width: int
+    height: int
+    words: int
+    """Words of its first caption; 0 without captions."""
+    decoder: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The commit record of a shard: its rows are samples or failures."""
+
+    shard: ShardInfo
+    """As the index will list it; `samples` 0 and no tar if every row failed."""
+    rows: int
+    """Manifest rows: samples plus failures."""
+    failures: list[Failure]
+    """In manifest order."""
+    clips: list[ClipFacts]
+    """One a sample, in manifest order."""
+
+    @staticmethod
+    def parse(content: bytes) -> "Record":
+        """From JSON; ValueError, KeyError or TypeError if it is none."""
+        record = json.loads(content)
+        return Record(
+            ShardInfo(**record["shard"]),
+            record["rows"],
+            [Failure(**failure) for failure in record["failures"]],
+            [ClipFacts(*clip) for clip in record["clips"]],
+        )
+
+    def json(self) -> bytes:
+        """The inverse of `parse`."""
+        content = asdict(self)
+        content["clips"] = [list(clip.values()) for clip in content["clips"]]
+        return json.dumps(content).encode()
+
+
+def decoder(settings: ShardSettings) -> Decoder:
+    """A decoder with the limits of the settings; close it."""
+    return Decoder(
+        settings.frames,
+        clip_timeout=settings.clip_timeout,
+        clip_memory=settings.clip_memory << 20,
+        jpeg_quality=settings.jpeg_quality,
+    )
+
+
+# --- One shard ------------------------------------------------------------------------------------------------------
+
+
+def make_shard(out: str, unit: Unit, settings: ShardSettings, decoder: Decoder) -> Record:
+    """Decodes a unit's clips into its tar, puts it in place and records it. ShardError where nothing can be done."""
+    with tempfile.TemporaryDirectory(prefix=unit.name, dir=_spool(out)) as spool:
+        tar = Path(spool) / "shard.tar"
+        try:
+            with tar.open("wb") as stream:
+                record = _fill(stream, read_unit(out, unit), unit, settings, decoder, spool)
+            record = replace(record, shard=_describe(tar, record.shard))
+            if record.shard.samples:
+                storage.put_file(str(tar), storage.join(out, unit.name), move=True)
+            storage.write_bytes(record_path(out, unit.name), record.json())
+        except storage.StorageError as error:
+            raise ShardError(f"{error}. Run again to go on from here") from error
+        except OSError as error:
+            if error.errno in OUT_IS_FULL:
+                raise ShardError(
+                    f"no space left for {unit.name} ({error.strerror}): free some and run again; finished shards stay"
+                ) from error
+            raise ShardError(f"{unit.name} cannot be written to {out}: {error}") from error
+    return record
+
+
+def record_path(out: str, shard: str) -> str:
+    """Where the commit record of a shard lies."""
+    return storage.join(out, DONE, f"{shard}.json")
+
+
+def _spool(out: str) -> str | None:
+    """A folder for unfinished tars: beside the output, so that putting one in place is a rename."""
+    if storage.is_remote(out):
+        return None
+    folder = storage.join(out, SPOOL)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _fill(
+    stream: IO[bytes],
+    rows: list[tuple[str, Row]],
+    unit: Unit,
+    settings: ShardSettings,
+    decoder: Decoder,
+    spool: str,
+) -> Record:
+    """Writes the samples of `rows` as a tar."""
+    failures: list[Failure] = []
+    clips: list[ClipFacts] = []
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, row, video in _fetched(rows, spool):
+            result = _sample(key, row, video, decoder)
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
+            for name, content in members_of(result):
+                tar.addfile(_member(name, len(content)), BytesIO(content))
+            clips.append(_facts(result))
+    if len(rows) > 2 and all(failure.passing for failure in failures) and len(failures) == len(rows):
+        raise storage.StorageError(failures[0].reason)
+    shard = ShardInfo(unit.name, unit.split, len(clips), 0, "")
+    return Record(shard, len(rows), failures, clips)
+
+
+def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row, str | Failure]]:
+    """Each row with a local path of its video, or why there is none. The next video comes while one is decoded."""
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[1].video)]
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(_fetch, groups[0][0][1], spool)
+        for number, group in enumerate(groups):
+            video = coming.result()
+            if number + 1 < len(groups):
+                coming = reader.submit(_fetch, groups[number + 1][0][1], spool)
+            for key, row in group:
+                yield key, row, video
+            if isinstance(video, str) and storage.is_remote(group[0][1].video):
+                Path(video).unlink()
+
+
+def _fetch(row: Row, spool: str) -> str | Failure:
+    """A local path from which the row's video can be read; remote ones are copied into `spool`."""
+
+    def failure(reason: str, passing: bool = False) -> Failure:
+        return Failure("", "", row.video, "read", " ".join(reason.split()), passing)
+
+    try:
+        if storage.is_remote(row.video):
+            return storage.local_copy(row.video, spool)
+        path = storage.absolute(row.video)
+        mode = os.stat(path).st_mode  # noqa: PTH116 (a name with a null byte must raise here, not in pathlib)
+        if stat.S_ISDIR(mode):
+            return failure("is a folder, not a video")
+        if not stat.S_ISREG(mode):
+            return failure("is not a regular file")
+        with open(path, "rb"):  # noqa: PTH123
+            return path
+    except FileNotFoundError:
+        return failure("no such file" if not storage.is_remote(row.video) else "no such object")
+    except storage.StorageError as error:
+        return failure(str(error), passing=True)
+    except OSError as error:
+        if error.errno in OUT_IS_FULL:
+            raise
+        return failure(f"cannot be read: {error.strerror or error}")
+    except ValueError as error:
+        return failure(f"cannot be read: {error}")
+
+
+def _sample(key: str, row: Row, video: str | Failure, decoder: Decoder) -> Sample | Failure:
+    """The sample of a row whose video lies at a local path, or its failure."""
+    if isinstance(video, Failure):
+        return replace(video, key=key, id=row.id)
+    try:
+        clip = decoder.decode(video, row.start, row.end, encode=True)
+    except DecodeError as error:
+        return Failure(key, row.id, row.video, "decode", " ".join(str(error).split()))
+    return Sample(
+        key=key,
+        id=row.id,
+        captions=row.captions,
+        qa=row.qa,
+        source=row.video,
+        start=clip.start,
+        end=clip.end,
+        fps=clip.fps,
+        duration=clip.duration,
+        timestamps=clip.timestamps,
+        width=clip.width,
+        height=clip.height,
+        decoder=clip.decoder,
+        extra=row.extra,
+        frames=clip.jpegs,
+    )
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    """A tar header that depends on nothing but name and size."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info
+
+
+def _facts(sample: Sample) -> ClipFacts:
+    words = len(sample.captions[0].split()) if sample.captions else 0
+    return ClipFacts(
+        round(sample.end - sample.start, 6), sample.fps, sample.width, sample.height, words, sample.decoder
+    )
+
+
+def _describe(tar: Path, shard: ShardInfo) -> ShardInfo:
+    """Size and digest of a finished tar; it is flushed to disk, so that a record never outlives its tar."""
+    if not shard.samples:
+        return shard
+    with tar.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return replace(shard, bytes=tar.stat().st_size, sha256=digest)
+
+
+# --- All shards -----------------------------------------------------------------------------------------------------
+
+
+def read_records(out: str, names: list[str]) -> Iterator[tuple[str, Record | None]]:
+    """The commit records of the named shards, in order, a few read ahead; None where one is missing or broken."""
+
+    def read(name: str) -> Record | None:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return Record.parse(storage.read_bytes(record_path(out, name)))
+        return None
+
+    ahead = 32 if storage.is_remote(out) else 1
+    with ThreadPoolExecutor(ahead) as readers:
+        for start in range(0, len(names), ahead * 4):
+            batch = names[start : start + ahead * 4]
+            yield from zip(batch, readers.map(read, batch), strict=True)
+
+
+def unfinished(out: str, plan: Plan) -> Iterator[tuple[Unit, Record | None]]:
+    """Every unit with the record of its finished shard, or None where it is to be made."""
+    there = storage.list_sizes(out)
+    recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(out, DONE))}
+    by_name = {unit.name: unit for unit in plan.units}
+    kept = [unit.name for unit in plan.units if f"{unit.name}.json" in recorded]
+    for name, record in read_records(out, kept):
+        unit = by_name.pop(name)
+        whole = (
+            record is not None
+            and record.rows == unit.rows
+            and (not record.shard.samples or there.get(storage.join(out, name)) == record.shard.bytes)
+            and not any(failure.passing for failure in record.failures)
+        )
+        yield unit, record if whole else None
+    for unit in by_name.values():
+        yield unit, None
+
+
+def write_index(out: str, plan: Plan) -> Iterator[Record]:
+    """Yields every commit record, by name, and writes `failures.jsonl` and `index.json` from them at the end.
+
+    AssertionError if a row of the manifest is unaccounted for.
+    """
+    names = sorted(unit.name for unit in plan.units)
+    shards: list[dict[str, Any]] = []
+    samples = failed = 0
+    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=_spool(out)) as folder:
+        spool = Path(folder) / FAILURES_NAME
+        with spool.open("wb") as stream:
+            for name, record in read_records(out, names):
+                assert record is not None, f"{name} has no commit record"
+                yield record
+                samples += record.shard.samples
+                if record.shard.samples:
+                    shards.append(asdict(record.shard))
+                for failure in record.failures:
+                    failed += 1
+                    row = asdict(failure)
+                    del row["passing"]
+                    stream.write(json.dumps(row).encode() + b"\n")
+        assert samples + failed == plan.rows, f"{samples} samples and {failed} failures of {plan.rows} rows"
+        storage.put_file(str(spool), storage.join(out, FAILURES_NAME), move=True)
+    index = {
+        "version": 1,
+        "settings": plan.identity["settings"],
+        "manifest": {"rows": plan.rows, "sha256": plan.identity["manifest"]},
+        "samples": samples,
+        "failures": failed,
+        "shards": shards,
+    }
+    storage.write_bytes(storage.join(out, INDEX_NAME), (json.dumps(index, indent=1) + "\n").encode())
