@@ -58,7 +58,7 @@ def plan(
     out: str,
     settings: dict[str, Any],
     rows_per_shard: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Plan:
     """The plan that lies in `out`, or a new one. ValueError if the one there is for another manifest or settings."""
     place = storage.join(out, FOLDER, "plan.json")
@@ -95,7 +95,7 @@ def _write(
     identity: dict[str, Any],
     rows_per_shard: int,
     place: str,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
 ) -> Plan:
     """Streams the manifest into parts; plan.json, written last, makes them count."""
     units: list[Unit] = []

@@ -48,7 +48,7 @@ class Page:
     """Gathers what the page needs from the commit records as they stream by; what it holds is bounded."""
 
     seconds: Counter[int] = field(default_factory=Counter)
-    """Clips by length: n stands for 2**n to 2**(n + 1) seconds."""
+    """Clips by length: n stands for 2**n to 2**(n + 1) seconds, -1 for less than one."""
     fps: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Clips by width and height."""
@@ -66,7 +66,7 @@ class Page:
     def add(self, record: Record) -> None:
         """Takes a shard into account."""
         for clip in record.clips:
-            self.seconds[max(-4, int(clip.seconds).bit_length() - 1 if clip.seconds >= 1 else -1)] += 1
+            self.seconds[int(clip.seconds).bit_length() - 1] += 1
             self.fps[round(clip.fps)] += 1
             size = clip.width, clip.height
             self.sizes[size if size in self.sizes or len(self.sizes) < 1000 else (0, 0)] += 1

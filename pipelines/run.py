@@ -1,11 +1,14 @@
 """From a manifest to shards as one chain: plan, shards on every CPU with Ray Data, index, summary."""
 
 import fcntl
+import functools
 import json
+import logging
 import re
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,8 @@ WAVE = 2000
 """Shards given to Ray Data at once: what the driver holds does not grow with the corpus."""
 IDLE_SECONDS = 5.0
 """A decoder is kept so long for its worker's next shard."""
+RETRIES = 2
+"""How often a shard is begun again after its worker died."""
 REASONS = 1000
 """Most kinds of failure that are counted apart."""
 
@@ -215,19 +220,31 @@ def _make_all(
 def _done(out: str, missing: list[Unit], settings: ShardSettings) -> Iterator[dict[str, Any]]:
     """What each task says of its shard, as they finish."""
     import ray.data
+    from ray.exceptions import WorkerCrashedError
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     for start in range(0, len(missing), WAVE):
         wave = [{"unit": json.dumps(astuple(unit))} for unit in missing[start : start + WAVE]]
-        # A block a shard, hence a task a shard. Ray would start a task that kills its worker again and again.
-        data = ray.data.from_items(wave, override_num_blocks=len(wave)).map(
-            _make, fn_kwargs={"out": out, "settings": settings}, num_cpus=1, max_retries=2
-        )
+        data = ray.data.from_items(
+            wave, override_num_blocks=len(wave)
+        )  # a block a shard, hence a task a shard
+        with warnings.catch_warnings():
+            # Ray Data starts a task that kills its worker again for ever; the only bound is an argument that it
+            # calls deprecated without naming another.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            task = functools.partial(_make, out=out, settings=settings)
+            data = data.map(task, num_cpus=1, max_retries=RETRIES)
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False
         data.context.execution_no_progress_timeout_s = (
             -1
         )  # a shard may take its time; each clip has its limit
-        yield from data.iter_rows()
+        try:
+            yield from data.iter_rows()
+        except WorkerCrashedError as error:
+            raise ShardError(
+                f"workers died {RETRIES + 1} times at the same shard: run again to go on"
+            ) from error
 
 
 def _make(row: dict[str, Any], out: str, settings: ShardSettings) -> dict[str, Any]:

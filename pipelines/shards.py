@@ -139,7 +139,7 @@ def decoder(settings: ShardSettings) -> Decoder:
         settings.frames,
         clip_timeout=settings.clip_timeout,
         clip_memory=settings.clip_memory << 20,
-        jpeg_quality=settings.jpeg_quality,
+        quality=settings.jpeg_quality,
     )
 
 
@@ -257,7 +257,7 @@ def _sample(key: str, row: Row, video: str | Failure, decoder: Decoder) -> Sampl
     if isinstance(video, Failure):
         return replace(video, key=key, id=row.id)
     try:
-        clip = decoder.decode(video, row.start, row.end, encode=True)
+        clip = decoder.decode(video, row.start, row.end)
     except DecodeError as error:
         return Failure(key, row.id, row.video, "decode", " ".join(str(error).split()))
     return Sample(
