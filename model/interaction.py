@@ -1,0 +1,89 @@
+"""Weighted token-wise similarity of every text with every video, whole or block by block."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+Padding = Literal["absent", "zero"]
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch at one level."""
+
+    tokens: Float[Tensor, "batch n dim"]
+    """Features, of any length."""
+    logits: Float[Tensor, "batch n"]
+    """Weight logits, before the softmax over present tokens."""
+    mask: Bool[Tensor, "batch n"]
+    """True where a token is present."""
+
+    def weights(self) -> Float[Tensor, "batch n"]:
+        """Softmax of the logits over the present tokens; 0 at padding, and everywhere in a row without a token."""
+        absent = torch.finfo(self.logits.dtype).min
+        return self.logits.masked_fill(~self.mask, absent).softmax(-1) * self.mask
+
+
+def pair_similarity(text: Tokens, video: Tokens) -> Float[Tensor, "batch words frames"]:
+    """Cosines of each text's words with its own video's frames; 0 at padding."""
+    cosines = torch.einsum("btd,bvd->btv", normalize(text.tokens, dim=-1), normalize(video.tokens, dim=-1))
+    return cosines * (text.mask[:, :, None] & video.mask[:, None, :])
+
+
+def _block(
+    words: Float[Tensor, "texts words dim"],
+    word_weights: Float[Tensor, "texts words"],
+    word_mask: Bool[Tensor, "texts words"],
+    frames: Float[Tensor, "videos frames dim"],
+    frame_weights: Float[Tensor, "videos frames"],
+    frame_mask: Bool[Tensor, "videos frames"],
+    padding: Padding,
+) -> Float[Tensor, "texts videos"]:
+    """The similarity of some texts with some videos: the whole of [texts, videos, words, frames] in memory."""
+    cosines = torch.einsum("atd,bvd->abtv", words, frames)
+    present = word_mask[:, None, :, None] & frame_mask[None, :, None, :]
+    # A finite lowest value: a padded word's maximum times its weight 0 must be 0, not NaN.
+    cosines = cosines.masked_fill(~present, 0.0 if padding == "zero" else -2.0)
+    # max, not amax: it keeps the places of the maxima for the backward pass, not the whole grid.
+    of_words = torch.einsum("abt,at->ab", cosines.max(dim=3).values, word_weights)
+    of_frames = torch.einsum("abv,bv->ab", cosines.max(dim=2).values, frame_weights)
+    return (of_words + of_frames) / 2
+
+
+def weighted_similarity(
+    text: Tokens, video: Tokens, chunk: int | None = None, padding: Padding = "absent"
+) -> Float[Tensor, "texts videos"]:
+    """Weighted token-wise similarity, in [-1, 1], of each text a with each video b:
+
+        S[a, b] = 1/2 ( sum_t p_t max_v s[t, v] + sum_v q_v max_t s[t, v] )
+
+    with s the cosines of a's words t and b's frames v, p and q the softmax of the weight logits over the present
+    tokens (Wang et al. 2022, "Disentangled Representation Learning for Text-Video Retrieval"; used by HBI). A padded
+    token is in no maximum and has no weight. `padding="zero"` lets it enter the maxima as a cosine of 0, as the
+    published HBI code does.
+
+    chunk: largest number of texts and of videos compared at once. Memory beyond the inputs and the result is then
+    chunk^2 * words * frames, in the backward pass too, which computes each block a second time. None: all at once.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, must be at least 1 (or None for no chunks)")
+    words = (normalize(text.tokens, dim=-1), text.weights(), text.mask)
+    frames = (normalize(video.tokens, dim=-1), video.weights(), video.mask)
+    if chunk is None or (len(text.mask) <= chunk and len(video.mask) <= chunk):
+        return _block(*words, *frames, padding)
+    # Split once: the gradient of each part then gathers at the part's own size.
+    word_parts = list(zip(*(tensor.split(chunk) for tensor in words), strict=True))
+    frame_parts = list(zip(*(tensor.split(chunk) for tensor in frames), strict=True))
+    rows = []
+    for word_part in word_parts:
+        row = [
+            checkpoint(
+                _block, *word_part, *frame_part, padding, use_reentrant=False, preserve_rng_state=False
+            )
+            for frame_part in frame_parts
+        ]
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)

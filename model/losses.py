@@ -1,0 +1,208 @@
+"""The training loss: contrast, alignment of interactions, self-distillation. Pure functions, no ranks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from model.banzhaf import exact_interaction
+from model.hbi import LEVELS, Encoded
+from model.interaction import pair_similarity, weighted_similarity
+
+QUADRATURE_NODES = 128
+"""Of the exact target: enough while the weight logits of a text or a video lie within 25 of each other."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights and choices of the loss; the defaults are those of the published training."""
+
+    interaction: float = 1.0
+    """Weight of the alignment of interactions at each level (the published skl)."""
+    distillation: float = 2.0
+    """Weight of the self-distillation from the entity level (the published kl)."""
+    objective: Literal["exact", "published"] = "exact"
+    """`exact`: the loss as described. `published`: as the published code computes it, faults included."""
+    target: Literal["exact", "estimator"] = "exact"
+    """What interactions are aligned to: the exact one, or the model's frozen estimator."""
+    target_scale: float = 100.0
+    """The exact interaction is multiplied by this before its softmax (CLIP's largest logit scale; the published
+    labels have 1000)."""
+    chunk: int | None = None
+    """Largest number of texts and of videos compared at once; none: all."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("exact", "published"):
+            raise ValueError(f"LossSettings.objective is {self.objective!r}, must be exact or published")
+        if self.target not in ("exact", "estimator"):
+            raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"LossSettings.chunk is {self.chunk}, must be at least 1")
+        if not self.target_scale > 0:
+            raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
+
+
+def contrastive_loss(logits: Float[Tensor, "rows candidates"], first: int = 0) -> Float[Tensor, ""]:
+    """Sum over the rows r of -log softmax(logits[r])[first + r]: row r belongs to candidate first + r."""
+    return -logits.log_softmax(-1).diagonal(first).sum()
+
+
+def alignment_loss(
+    predicted: Float[Tensor, "batch words frames"],
+    target: Float[Tensor, "batch words frames"],
+    word_mask: Bool[Tensor, "batch words"],
+    frame_mask: Bool[Tensor, "batch frames"],
+) -> Float[Tensor, ""]:
+    """Sum over the pairs of
+
+        mean over words t  KL( softmax_v target[t, .] || softmax_v predicted[t, .] )
+      + mean over frames v KL( softmax_t target[., v] || softmax_t predicted[., v] )
+
+    over present words and frames alone. No gradient goes into the target.
+    """
+    absent = ~(word_mask[:, :, None] & frame_mask[:, None, :])
+    lowest = torch.finfo(predicted.dtype).min
+    target = target.detach().masked_fill(absent, lowest)
+    predicted = predicted.masked_fill(absent, lowest)
+    total = predicted.new_zeros(())
+    for across, mask in ((2, word_mask), (1, frame_mask)):
+        share = target.softmax(across)
+        divergence = share * (target.log_softmax(across) - predicted.log_softmax(across))
+        each = divergence.masked_fill(absent, 0.0).sum(across)
+        total = total + (each.sum(1) / mask.sum(1).clamp(min=1)).sum()
+    return total
+
+
+def distillation_loss(
+    student: Float[Tensor, "rows candidates"], teacher: Float[Tensor, "rows candidates"]
+) -> Float[Tensor, ""]:
+    """Sum over the rows of KL( softmax teacher || softmax student ). No gradient goes into the teacher."""
+    return kl_div(student.log_softmax(-1), teacher.detach().log_softmax(-1), reduction="sum", log_target=True)
+
+
+def interaction_targets(
+    local: Encoded, settings: LossSettings
+) -> dict[str, Float[Tensor, "batch words frames"]]:
+    """What the predicted interaction of each pair is aligned to, at each level."""
+    if settings.target == "estimator":
+        return _estimated(local, "LossSettings.target is 'estimator'")
+    with torch.no_grad():
+        return {
+            level: settings.target_scale
+            * exact_interaction(
+                pair_similarity(local.text[level], local.video[level]),
+                local.text[level].logits,
+                local.video[level].logits,
+                local.text[level].mask,
+                local.video[level].mask,
+                nodes=QUADRATURE_NODES,
+            )
+            for level in LEVELS
+        }
+
+
+def hbi_loss(
+    local: Encoded, pool: Encoded, first: int, settings: LossSettings, batch: int
+) -> dict[str, Float[Tensor, ""]]:
+    """The share of these rows in the loss of the whole batch; the shares of all the ranks add up to the loss.
+
+        loss = sum over levels ( contrastive + interaction * alignment ) + distillation * sum over action, event
+
+        contrastive   1/2 the mean cross entropy of texts to videos + 1/2 that of videos to texts, at
+                      logit_scale * similarity
+        alignment     mean over pairs of `alignment_loss`
+        distillation  mean over texts, plus mean over videos, of KL(entity level || this level) at the same logits
+
+    local: the rows of this rank; pool: the whole batch, with gradients, of which `local` is rows first, first + 1, ...
+    (one process: the same, and first 0); batch: pairs in the whole batch. The logit scale is the local one.
+
+    Returns "loss" and its parts without their weights: "contrastive/<level>", "alignment/<level>",
+    "distillation/<level>".
+    """
+    with torch.autocast(local.logit_scale.device.type, enabled=False):
+        if settings.objective == "published":
+            losses = published_loss(pool._replace(logit_scale=local.logit_scale), settings)
+            share = len(local.text["entity"].mask) / batch
+            return {name: value * share for name, value in losses.items()}
+        return _exact_loss(local, pool, first, settings, batch)
+
+
+def _exact_loss(
+    local: Encoded, pool: Encoded, first: int, settings: LossSettings, batch: int
+) -> dict[str, Float[Tensor, ""]]:
+    targets = interaction_targets(local, settings) if settings.interaction else {}
+    losses: dict[str, Tensor] = {}
+    total = local.logit_scale.new_zeros(())
+    teacher: tuple[Tensor, Tensor] | None = None
+    for level in LEVELS:
+        text, video = local.text[level], local.video[level]
+        of_texts = local.logit_scale * weighted_similarity(text, pool.video[level], settings.chunk)
+        if local is pool:
+            of_videos = of_texts.T
+        else:
+            of_videos = local.logit_scale * weighted_similarity(pool.text[level], video, settings.chunk).T
+        contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
+        losses[f"contrastive/{level}"] = contrast / batch
+        total = total + losses[f"contrastive/{level}"]
+        if settings.interaction:
+            alignment = alignment_loss(local.predicted[level], targets[level], text.mask, video.mask)
+            losses[f"alignment/{level}"] = alignment / batch
+            total = total + settings.interaction * losses[f"alignment/{level}"]
+        if teacher is None:
+            teacher = of_texts, of_videos
+        elif settings.distillation:
+            distillation = distillation_loss(of_texts, teacher[0]) + distillation_loss(of_videos, teacher[1])
+            losses[f"distillation/{level}"] = distillation / batch
+            total = total + settings.distillation * losses[f"distillation/{level}"]
+    return {"loss": total, **losses}
+
+
+def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[Tensor, ""]]:
+    """The loss of the published code on the whole batch, its faults included, for those who must reproduce a number.
+
+    The faults: a KL divergence is averaged over every element instead of summed over each distribution; that over the
+    words is taken over the batch (`.T` of a three-dimensional tensor turns all its axes); padding enters the maxima as
+    0 and is part of every softmax of interactions; the self-distillation compares cosines without the logit scale, and
+    its gradient goes into the teacher too. It needs the frozen estimator.
+    """
+    estimated = _estimated(encoded, "LossSettings.objective is 'published'")
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        # "mean" by hand: torch warns that its meaning will change.
+        return kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="none").mean()
+
+    losses: dict[str, Tensor] = {}
+    total = encoded.logit_scale.new_zeros(())
+    entity: Tensor | None = None
+    for level in LEVELS:
+        text, video = encoded.text[level], encoded.video[level]
+        similarity = weighted_similarity(text, video, settings.chunk, padding="zero")
+        pairs = max(len(similarity), 1)
+        logits = encoded.logit_scale * similarity
+        contrast = (contrastive_loss(logits) + contrastive_loss(logits.T)) / 2 / pairs
+        student, teacher = encoded.predicted[level], estimated[level]
+        if level == "entity":
+            present = text.mask[:, :, None] & video.mask[:, None, :]
+            student, teacher = student * present, teacher * present
+        turned = (2, 1, 0)
+        alignment = divergence(student, teacher) + divergence(
+            student.permute(turned), teacher.permute(turned)
+        )
+        losses[f"contrastive/{level}"], losses[f"alignment/{level}"] = contrast, alignment
+        total = total + contrast + settings.interaction * alignment
+        if entity is None:
+            entity = similarity
+        else:
+            distillation = divergence(similarity.T, entity.T) + divergence(similarity, entity)
+            losses[f"distillation/{level}"] = distillation
+            total = total + settings.distillation * distillation
+    return {"loss": total, **losses}
+
+
+def _estimated(encoded: Encoded, why: str) -> dict[str, Tensor]:
+    if not encoded.estimated:
+        raise ValueError(f"{why}, but the model has no estimator: load a published checkpoint that holds one")
+    return encoded.estimated

@@ -1,0 +1,74 @@
+"""Frames to tokens in the joint space: CLIP's image transformer, then a transformer over time."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from model.config import ModelConfig
+from model.text import TextTower, run_layers
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision transformer: one token a frame, the projected class token."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.embeddings = clip.vision_model.embeddings
+        self.norm_before = clip.vision_model.pre_layrnorm
+        self.layers = clip.vision_model.encoder.layers
+        self.norm = clip.vision_model.post_layernorm
+        self.projection = clip.visual_projection
+        self.checkpointing = False
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
+        """Images are normalised, of the tower's own size."""
+        size = self.embeddings.image_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(
+                f"video: frames are {tuple(images.shape[-2:])} pixels, the model takes {(size, size)}"
+            )
+        hidden = self.norm_before(self.embeddings(images))
+        hidden = run_layers(self.layers, hidden, None, self.checkpointing)
+        return self.projection(self.norm(hidden[:, 0]))
+
+
+class TemporalTransformer(nn.Module):
+    """frames + T(frames + positions), with T a few of CLIP's text blocks that see all present frames.
+
+    Starts from the text tower's first blocks and positions where the widths agree (CLIP4Clip, Luo et al. 2021).
+    """
+
+    def __init__(self, config: ModelConfig, text: TextTower) -> None:
+        super().__init__()
+        towers = config.towers
+        shared = towers.dim == towers.text_width
+        settings = CLIPTextConfig(
+            hidden_size=towers.dim,
+            intermediate_size=(shared and towers.text_mlp) or 4 * towers.dim,
+            num_attention_heads=towers.text_heads if shared else towers.dim // config.head_width,
+            hidden_act=towers.activation,
+            layer_norm_eps=1e-12,  # the published code's own, and not CLIP's 1e-5
+            attn_implementation="sdpa",  # type: ignore[call-arg]
+        )
+        self.positions = nn.Embedding(max(towers.context, config.frames), towers.dim)
+        self.layers = nn.ModuleList(CLIPEncoderLayer(settings) for _ in range(config.temporal_layers))
+        self.checkpointing = False
+        nn.init.normal_(self.positions.weight, std=0.02)
+        if shared:
+            with torch.no_grad():
+                self.positions.weight[: towers.context] = text.embeddings.position_embedding.weight
+            for layer, source in zip(self.layers, text.layers, strict=False):
+                layer.load_state_dict(source.state_dict())
+
+    def forward(
+        self, frames: Float[Tensor, "batch frames dim"], mask: Bool[Tensor, "batch frames"]
+    ) -> Float[Tensor, "batch frames dim"]:
+        """A frame sees every present frame; in a row without one (an error elsewhere) every frame, never NaN."""
+        n = frames.shape[1]
+        if n > len(self.positions.weight):
+            raise ValueError(f"video: {n} frames, the model has positions for {len(self.positions.weight)}")
+        seen = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
+        hidden = frames + self.positions.weight[:n]
+        return frames + run_layers(self.layers, hidden, seen.expand(-1, 1, n, -1), self.checkpointing)

@@ -1,0 +1,106 @@
+"""Save and load a model, start from a CLIP checkpoint, and read published HBI checkpoints."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from model.config import ModelConfig, TowerConfig
+from model.hbi import HBI
+from model.published import load_estimator, load_published, load_strictly
+
+__all__ = ["build_model", "load_estimator", "load_model", "load_published", "save_model"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+FORMAT = 1
+
+
+def build_model(config: ModelConfig) -> HBI:
+    """A model to train: towers from `config.backbone` (a CLIP checkpoint of `transformers`, by name or folder, whose
+    sizes replace `config.towers`), the rest fresh. Without a backbone everything is fresh."""
+    if not config.backbone:
+        return HBI(config)
+    try:
+        clip = CLIPModel.from_pretrained(config.backbone, attn_implementation="sdpa", dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"ModelConfig.backbone is {config.backbone!r}: no CLIP checkpoint there ({error})"
+        ) from error
+    return HBI(replace(config, towers=_tower_config(clip)), clip)
+
+
+def _tower_config(clip: CLIPModel) -> TowerConfig:
+    text: Any = clip.config.text_config
+    vision: Any = clip.config.vision_config
+    if text.hidden_act != vision.hidden_act:
+        raise ValueError(f"the towers differ in their activation: {text.hidden_act} and {vision.hidden_act}")
+    return TowerConfig(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vision_width=vision.hidden_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        text_width=text.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_heads=text.num_attention_heads,
+        text_mlp=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        context=text.max_position_embeddings,
+        dim=clip.text_projection.out_features,
+        activation=text.hidden_act,
+    )
+
+
+def save_model(model: HBI, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write `model.safetensors`, the tokenizer's files and, last, `config.json` with everything's sha256."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # an interrupted save must not look whole
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    files = [WEIGHTS]
+    if tokenizer is not None:
+        files += sorted(
+            Path(path).name for path in tokenizer.save_pretrained(str(folder)) if Path(path).exists()
+        )
+    described = {
+        "format": FORMAT,
+        "model": model.config.to_dict(),
+        "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_model(folder: str | Path) -> HBI:
+    """The model that `save_model` wrote, on the CPU, in eval mode, without a network.
+
+    ValueError, in one line, for a file that is missing, cut short or changed.
+    """
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / CONFIG).read_text())
+        config = ModelConfig.from_dict(described["model"])
+        digests = described["sha256"]
+        version = described["format"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no saved model: it has no {CONFIG}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from None
+    if version != FORMAT:
+        raise ValueError(f"{folder / CONFIG}: format is {version}, this version reads {FORMAT}")
+    for name, digest in {WEIGHTS: "", **digests}.items():
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} is no whole model: it has no {name}")
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
+    model = HBI(config)
+    load_strictly(model, load((folder / WEIGHTS).read_bytes()), str(folder / WEIGHTS))
+    return model.eval()
