@@ -64,6 +64,12 @@ class Decoder:
         self.quality = quality
         self._child: _Child | None = None
 
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any], **limits: Any) -> "Decoder":
+        """A decoder that cuts clips as those of a shard folder were cut. settings: those of its `index.json`."""
+        frames = FrameSettings(settings["frames"], settings["size"], settings["choice"], settings["fps"])
+        return cls(frames, quality=settings["jpeg_quality"], **limits)
+
     def decode(self, data: bytes | Path | str, start: float | None = None, end: float | None = None) -> Clip:
         """The chosen frames of start <= time < end; DecodeError with a reason for people.
 

@@ -151,6 +151,7 @@ def _is_text(head: bytes) -> bool:
 def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     """The container and its best video stream; DecodeError where there is none. `source` stays open."""
     import av
+    from av.stream import Disposition
 
     source.seek(0, io.SEEK_END)
     size = source.tell()
@@ -171,7 +172,7 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
         if stream is None:
             kinds = sorted({stream.type for stream in container.streams}) or ["no"]
             raise DecodeError(f"there is no video in it, only {' and '.join(kinds)} streams")
-        if stream.disposition & av.stream.Disposition.attached_pic:
+        if stream.disposition & Disposition.attached_pic:
             raise DecodeError("there is no video in it, only a cover picture beside the audio")
         _check_size(stream.codec_context.width, stream.codec_context.height)
         yield cast("InputContainer", container), stream

@@ -7,52 +7,21 @@ import json
 import math
 import os
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from infra import storage
 
 COLUMNS = ("video", "id", "captions", "split", "start", "end", "qa")
-VIDEO_EXTENSIONS = frozenset(
-    [
-        ".3g2",
-        ".3gp",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".f4v",
-        ".flv",
-        ".gif",
-        ".h264",
-        ".h265",
-        ".hevc",
-        ".ivf",
-        ".m1v",
-        ".m2ts",
-        ".m2v",
-        ".m4v",
-        ".mjpeg",
-        ".mjpg",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpe",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".nut",
-        ".ogv",
-        ".rm",
-        ".rmvb",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
-    ]
+VIDEO_NAME = re.compile(
+    r"\.(3g2|3gp|asf|avi|divx|f4v|flv|gif|h264|h265|hevc|ivf|m1v|m2ts|m2v|m4v|mjpe?g|mkv|mov|mp4|mpe|mpe?g|mts|mxf|nut|"
+    r"ogv|rm|rmvb|ts|vob|webm|wmv|y4m)$",
+    re.IGNORECASE,
 )
 PARQUET_ROWS = 1024
 """Rows of a Parquet manifest that are held at a time."""
@@ -155,10 +124,6 @@ def read_manifest(path: str) -> Iterator[Row]:
 
 def write_manifest(rows: Iterable[Row], path: str) -> int:
     """Writes rows as JSON Lines, whole or not at all; how many there were. Videos become absolute paths or URIs."""
-    import tempfile
-    from dataclasses import replace
-    from pathlib import Path
-
     count = 0
     with tempfile.TemporaryDirectory(prefix="hbi-manifest-") as folder:
         spool = Path(folder) / "manifest.jsonl"
@@ -186,21 +151,14 @@ def folder_manifest(folder: str, out: str) -> int:
         )
     below = [path[len(folder.rstrip("/")) + 1 :] for path in files]
     bare = [os.path.splitext(path)[0] for path in below]  # noqa: PTH122 (any bytes that a name may hold)
-    once = {name for name in bare if bare.count(name) == 1} if len(bare) < 1000 else _once(bare)
-    ids = (name if name in once else path for name, path in zip(bare, below, strict=True))
+    uses = Counter(bare)
+    ids = (name if uses[name] == 1 else path for name, path in zip(bare, below, strict=True))
     return write_manifest((Row(path, id) for path, id in zip(files, ids, strict=True)), out)
-
-
-def _once(names: list[str]) -> set[str]:
-    from collections import Counter
-
-    return {name for name, count in Counter(names).items() if count == 1}
 
 
 def _looks_like_video(path: str) -> bool:
     name = path.rsplit("/", 1)[-1]
-    extension = os.path.splitext(name)[1].lower()  # noqa: PTH122
-    return extension in VIDEO_EXTENSIONS or (not extension and not name.startswith("."))
+    return bool(VIDEO_NAME.search(name)) or "." not in name
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
