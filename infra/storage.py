@@ -29,6 +29,7 @@ PAUSES = (0.2, 0.6, 2.0, 5.0, 10.0)
 """Seconds to wait before each further try of a request, times a random factor of 0.5 to 1."""
 RANGE_BYTES = 8 * 2**20
 """Objects are read in requests of this size, each tried again by itself."""
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 Result = TypeVar("Result")
 
@@ -39,7 +40,7 @@ class StorageError(OSError):
 
 def is_remote(path: str) -> bool:
     """True for `s3://`, False for a local path; ValueError for a scheme that we do not speak."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    scheme = re.match(SCHEME, path)
     if scheme is None or scheme[1].lower() == "file":
         return False
     if scheme[1].lower() == "s3":
@@ -113,7 +114,7 @@ def absolute(path: str) -> str:
 def join(base: str, *parts: str) -> str:
     """Like os.path.join, for both kinds: an absolute part or a part with a scheme starts anew, `..` is resolved."""
     for part in parts:
-        if re.match(r"(s3|file)://", part, re.IGNORECASE):
+        if re.match(SCHEME, part):
             base = part
         elif is_remote(base) and not part.startswith("/"):
             base = base.rstrip("/") + "/" + part

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 BUCKET = "corpus"
 
 
@@ -63,6 +65,19 @@ class ObjectStorage:
             "AWS_ENDPOINT_URL": self.endpoint,
             "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1, "connect_timeout": 2}}),
         }
+
+    def use(self, patch: pytest.MonkeyPatch) -> None:
+        """Points this process's storage here, with short pauses, until `patch` is undone."""
+        from fsspec.config import conf, set_conf_env
+
+        from infra import storage
+
+        for name, value in self.environment().items():
+            patch.setenv(name, value)
+        set_conf_env(now := dict(conf))
+        patch.setitem(conf, "s3", now["s3"])
+        patch.setattr(storage, "PAUSES", (0.01,) * 4)
+        storage._s3.cache_clear()
 
     def take(self, method: str, path: str) -> str | None:
         with self.lock:
@@ -180,6 +195,9 @@ def object_storage(folder: Path) -> Iterator[ObjectStorage]:
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield storage
     finally:
+        from infra.storage import _s3
+
+        _s3.cache_clear()
         if proxy is not None:
             proxy.shutdown()
             proxy.server_close()

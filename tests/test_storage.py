@@ -14,18 +14,8 @@ from s3 import Fault, ObjectStorage, object_storage
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
     with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment().items():
-            patch.setenv(name, value)
-        from fsspec.config import conf, set_conf_env
-
-        before = dict(conf)
-        set_conf_env(conf)
-        storage._s3.cache_clear()
-        patch.setattr(storage, "PAUSES", (0.01,) * 4)
+        running.use(patch)
         yield running
-        storage._s3.cache_clear()
-        conf.clear()
-        conf.update(before)
 
 
 @pytest.fixture
