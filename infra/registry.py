@@ -1,0 +1,351 @@
+"""MLflow: where the store is, models in and out of the registry, and the table of runs. No global MLflow state.
+
+Nothing is pickled: a version is safetensors, JSON and source files (`infra/package.py`), and loads with
+MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. MLflow is imported inside the functions; it takes a second.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from infra import storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGED = ("model", "pipelines/__init__.py", "pipelines/decode.py")
+"""What travels with a registered model, besides `infra/package.py`: the rooms that it imports."""
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pillow",
+    "decord",
+    "av",
+    "jaxtyping",
+)
+"""A fixed list: letting MLflow infer it costs ten seconds and guesses."""
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+def tracking_uri(uri: str | None = None) -> str:
+    """The MLflow store: `uri`, else MLFLOW_TRACKING_URI, else the sqlite file runs/mlflow.db.
+
+    A folder means the sqlite file mlflow.db inside it. The answer is absolute, since Ray's workers stand elsewhere.
+    """
+    given = uri or os.environ.get("MLFLOW_TRACKING_URI") or "runs"
+    if "://" not in given:
+        given = f"sqlite:///{Path(given).expanduser().absolute() / 'mlflow.db'}"
+    if (file := _sqlite_file(given)) is None:
+        return given
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{file}"
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite URI, absolute; None for any other store."""
+    prefix = "sqlite:///"
+    return Path(uri[len(prefix) :]).expanduser().absolute() if uri.startswith(prefix) else None
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is reached over HTTP (the server then decides where artifacts go)."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def client(uri: str) -> "MlflowClient":
+    """A client of one store, tracking and registry both."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(uri: str, name: str) -> str:
+    """The experiment of that name, made if need be. Artifacts lie beside a sqlite file, never where we stand."""
+    from mlflow.exceptions import MlflowException
+
+    store = client(uri)
+    found = store.get_experiment_by_name(name)
+    if found is None:
+        file = _sqlite_file(uri)
+        folder = file.parent / "artifacts" if file else Path("runs/artifacts").absolute()
+        location = None if is_server(uri) else (folder / re.sub(r"[^\w.-]", "_", name)).as_uri()
+        try:
+            return store.create_experiment(name, artifact_location=location)
+        except MlflowException:  # someone made it in between
+            found = store.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"experiment {name!r} of {uri} is deleted: restore it (`mlflow experiments restore`) or name another"
+        )
+    return found.experiment_id
+
+
+def mlflow_name(name: str) -> str:
+    """Our metric names as MLflow allows them: `val/t2v+dsl/R@1` is `val/t2v-dsl/R1` there."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "").replace("+", "-"))
+
+
+# ---------------------------------------------------------------------------------------------- register
+
+
+def log_and_register(
+    model_folder: str | Path,
+    run_id: str,
+    uri: str,
+    name: str = "hbi",
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+) -> str:
+    """Packages a model folder, logs it to the run, registers it under `name`, and returns the version.
+
+    Metrics and tags (lineage: commit, data hash, ...) become tags of the version, beside the run's id. `alias` moves
+    only when all of that is done, so that it never points at half a model.
+    """
+    folder = _require_model(Path(model_folder))
+    store = client(uri)
+    run = store.get_run(run_id)
+    version_tags = {mlflow_name(key): f"{value:.6g}" for key, value in (metrics or {}).items()}
+    version_tags |= {mlflow_name(key): str(value) for key, value in (tags or {}).items()} | {"run_id": run_id}
+    logged = store.create_logged_model(
+        run.info.experiment_id, name=name, source_run_id=run_id, model_type="retrieval"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            package = Path(scratch) / "package"
+            _save_package(folder, package, run_id, logged.model_id)
+            store.log_model_artifacts(logged.model_id, str(package))
+        store.finalize_logged_model(logged.model_id, "READY")
+    except BaseException:
+        store.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    _make_name(store, name)
+    source = f"models:/{logged.model_id}"
+    version = store.create_model_version(name, source, run_id, tags=version_tags, model_id=logged.model_id)
+    if alias:
+        store.set_registered_model_alias(name, alias, version.version)
+    return str(version.version)
+
+
+def _save_package(model_folder: Path, package: Path, run_id: str, model_id: str) -> None:
+    """Writes the MLflow model: weights, code, requirements, signature."""
+    import mlflow
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    vector = Array(DataType.double)
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string", column, required=False) for column in ("text", "video")]),
+        outputs=Schema(
+            [ColSpec(Array(vector), "tokens"), ColSpec(vector, "weights"), ColSpec(vector, "embedding")]
+        ),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        code = _copy_code(Path(scratch))
+        mlflow.pyfunc.save_model(
+            path=str(package),
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+            python_model=str(ROOT / "infra" / "package.py"),
+            artifacts={"model": str(model_folder)},
+            code_paths=[str(path) for path in sorted(code.iterdir())],
+            signature=signature,
+            pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS],
+        )
+
+
+def _copy_code(folder: Path) -> Path:
+    """The packaged rooms, sources only."""
+    for part in PACKAGED:
+        source, target = ROOT / part, folder / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return folder
+
+
+def _make_name(store: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        store.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+# ----------------------------------------------------------------------------------------------- resolve
+
+
+def pin_model(model: str, uri: str | None = None) -> str:
+    """The same model by a name that does not move: `models:/hbi@champion` becomes `models:/hbi/3`."""
+    if not model.startswith("models:/"):
+        return storage.absolute(model)
+    version = _version(model, tracking_uri(uri))
+    return f"models:/{version.name}/{version.version}"
+
+
+def resolve_model(model: str, uri: str | None = None) -> str:
+    """A local folder for `load_model`: of a folder (local or s3://), models:/name@alias or models:/name/3.
+
+    What is remote is fetched once and kept under HBI_CACHE (default ~/.cache/hbi). ValueError names what is missing.
+    """
+    if not model.startswith("models:/"):
+        if not storage.is_remote(model):
+            return str(_require_model(Path(storage.absolute(model))))
+        return str(_require_model(_fetch_folder(model), model))
+    uri = tracking_uri(uri)
+    version = _version(model, uri)
+    package = _package_folder(version, uri)
+    return str(_require_model(_model_inside(package, model), model))
+
+
+def _version(model: str, uri: str) -> Any:
+    """The registered version behind `models:/name@alias` or `models:/name/3`; ValueError says what there is instead."""
+    from mlflow.exceptions import MlflowException
+
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
+    if match is None:
+        raise ValueError(
+            f"{model}: not the name of a registered model: write models:/name@alias or models:/name/3"
+        )
+    name, alias, number = match.groups()
+    store = client(uri)
+    try:
+        return (
+            store.get_model_version_by_alias(name, alias) if alias else store.get_model_version(name, number)
+        )
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(f"{model}: {uri} does not answer ({_first_line(error)})") from None
+        raise ValueError(f"{model}: not registered in {uri}; {_registered(store, name)}") from None
+
+
+def _registered(store: "MlflowClient", name: str) -> str:
+    """What is registered, in half a sentence."""
+    models = {model.name: model for model in store.search_registered_models()}
+    if not models:
+        return "nothing is registered there: train with tracking, or give the store (--tracking, MLFLOW_TRACKING_URI)"
+    if name not in models:
+        return f"it has {', '.join(sorted(models))}"
+    versions = sorted(int(v.version) for v in store.search_model_versions(f"name='{name}'"))
+    aliases = ", ".join(f"@{alias} ({number})" for alias, number in sorted(models[name].aliases.items()))
+    return f"{name} has versions {', '.join(map(str, versions)) or 'none'} and aliases {aliases or 'none'}"
+
+
+def _package_folder(version: Any, uri: str) -> Path:
+    """The packaged model on this machine: the store's own folder where it is local, else a copy in the cache."""
+    from mlflow.artifacts import download_artifacts
+
+    source = client(uri).get_model_version_download_uri(version.name, version.version)
+    if source.startswith("models:/"):
+        source = client(uri).get_logged_model(source.removeprefix("models:/")).artifact_location
+    if urlsplit(source).scheme in ("", "file"):
+        return Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+    return _cached(
+        f"{uri} {source}",
+        lambda folder: download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri),
+    )
+
+
+def _model_inside(package: Path, model: str) -> Path:
+    """The model folder inside an MLflow model."""
+    from mlflow.models import Model
+
+    try:
+        return package / Model.load(str(package)).flavors["python_function"]["artifacts"]["model"]["path"]
+    except (KeyError, OSError):
+        raise ValueError(
+            f"{model}: registered, but not by this project (no packaged model folder in it)"
+        ) from None
+
+
+def _fetch_folder(folder: str) -> Path:
+    """A remote model folder in the cache. Its key is what lies there, so that a changed model is fetched anew."""
+    files = storage.list_files(folder, recursive=True)
+    content = [(path, storage.size(path)) for path in files]
+    small = [storage.read_bytes(path) for path in files if path.endswith("config.json")]
+
+    def fetch(target: Path) -> None:
+        for path in files:
+            place = target / path.removeprefix(folder.rstrip("/") + "/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(storage.local_copy(path, str(target)), place)
+
+    return _cached(f"{content} {small}", fetch)
+
+
+def _cached(key: str, fill: Any) -> Path:
+    """A folder filled once for each key; whole or absent, whoever else fetches the same at the same time."""
+    cache = Path(os.environ.get("HBI_CACHE") or Path.home() / ".cache" / "hbi") / "models"
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="."))
+        try:
+            fill(scratch)
+            scratch.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _require_model(folder: Path, name: str | None = None) -> Path:
+    """The folder itself if it holds a model; ValueError otherwise."""
+    missing = [file for file in MODEL_FILES if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{name or folder}: not a model folder (no {', no '.join(missing)}): "
+            "give a folder that training wrote, or models:/name@alias"
+        )
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------ runs, promote
+
+
+def promote(run_id: str, alias: str = "champion", uri: str | None = None, name: str = "hbi") -> str:
+    """Moves the alias to the latest version that a run registered; the id may be cut short. Returns the version."""
+    store = client(tracking_uri(uri))
+    versions = [
+        v
+        for v in store.search_model_versions(f"name='{name}'")
+        if run_id and (v.run_id or "").startswith(run_id)
+    ]
+    runs = {v.run_id for v in versions}
+    if not versions:
+        raise ValueError(
+            f"run {run_id!r}: registered no version of {name}; {_registered(store, name)} (`hbi runs`)"
+        )
+    if len(runs) > 1:
+        raise ValueError(f"run {run_id!r}: short for {', '.join(sorted(map(str, runs)))}: give more of it")
+    version = max(versions, key=lambda v: int(v.version))
+    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"[vV]\d+", alias) or alias == "latest":
+        raise ValueError(
+            f"--alias {alias!r}: use letters, digits, - and _, and neither `latest` nor v1, v2, ..."
+        )
+    store.set_registered_model_alias(name, alias, version.version)
+    return str(version.version)

@@ -1,0 +1,25 @@
+"""An MLflow store that is made once for the whole test session: its first use runs migrations, which take seconds."""
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+@lru_cache(maxsize=1)
+def _template() -> Path:
+    from infra import registry
+
+    folder = Path(mkdtemp(prefix="mlflow-store-"))
+    uri = registry.tracking_uri(str(folder))
+    registry.client(uri).search_experiments()
+    return folder / "mlflow.db"
+
+
+def fresh_store(folder: Path) -> str:
+    """The tracking URI of an empty sqlite store inside `folder`."""
+    from infra import registry
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_template(), folder / "mlflow.db")
+    return registry.tracking_uri(str(folder))
