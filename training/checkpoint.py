@@ -1,0 +1,268 @@
+"""The whole state of a run, written whole or not at all, and where such states are kept.
+
+A checkpoint is a model folder (`model.safetensors`, `config.json`, the tokenizer: `load_model` reads it, and holds
+the weights that are evaluated) with two files more: `training.safetensors` (optimiser, random states, and the live
+weights where an average is evaluated) and `state.json`. Nothing is pickled.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from infra import storage
+from model.hbi import HBI
+from model.weights import WEIGHTS, save_model
+from training.config import TrainConfig, flatten
+from training.data import Position
+from training.optim import Average
+from training.parallel import Place, fill, plain, whole
+
+STATE, TRAINING = "state.json", "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimiser steps taken."""
+    position: Position = field(default_factory=Position)
+    """Where it stands in the data."""
+    metrics: dict[str, float] | None = None
+    """What the latest evaluation gave."""
+
+    def stepped(self, world: int, batch: int) -> "Progress":
+        """One step later; metrics belong to the step that they were measured at."""
+        return Progress(self.step + 1, self.position.advanced(world, batch))
+
+    def next_epoch(self) -> "Progress":
+        """After the last step of an epoch."""
+        return Progress(self.step, self.position.next_epoch())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Progress":
+        """The inverse of `to_dict`."""
+        position = values["position"]
+        done = tuple((world, batch, steps) for world, batch, steps in position["done"])
+        return Progress(values["step"], Position(position["epoch"], done), values["metrics"])
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the weights that are served."""
+
+    model: HBI
+    """The model itself, inside whatever parallelism is around it."""
+    optimizer: torch.optim.Optimizer
+    """Its optimiser."""
+    average: Average | None
+    """The averaged weights, where they are kept: then they are the ones served."""
+    place: Place
+    """Where this process stands."""
+
+    @contextmanager
+    def served(self) -> Iterator[HBI]:
+        """The model to evaluate and save: with averaged weights, if any; under FSDP2 a whole copy. Collective."""
+        if self.average is not None:
+            self.average.swap(self.model)
+        try:
+            yield plain(self.model)
+        finally:
+            if self.average is not None:
+                self.average.swap(self.model)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Optimiser, random states, and the live weights where others are served. Collective."""
+        tensors = {f"random/{name}": states for name, states in _random_states(self.place).items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, held in self.optimizer.state.items():
+            for key, tensor in held.items():
+                tensors[f"optimizer/{names[parameter]}/{key}"] = _kept(tensor, self.place)
+        if self.average is not None:
+            for name, parameter in self.model.named_parameters():
+                if name in self.average.weights:
+                    tensors[f"live/{name}"] = _kept(parameter, self.place)
+        return tensors
+
+    def restore(self, folder: Path) -> None:
+        """Takes everything from a checkpoint folder, whatever the number of ranks that wrote it."""
+        served, tensors = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
+        for name, tensor in self.model.state_dict().items():
+            fill(tensor, tensors.get(f"live/{name}", served[name]))
+        if self.average is not None:
+            for name, tensor in self.average.weights.items():
+                fill(tensor, served[name])
+        for name, parameter in self.model.named_parameters():
+            if f"optimizer/{name}/step" in tensors:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                held = {key: _like(parameter, tensors[f"optimizer/{name}/{key}"], key) for key in keys}
+                self.optimizer.state[parameter] = held
+        _set_random_states(tensors, self.place)
+
+
+def _kept(tensor: Tensor, place: Place) -> Tensor:
+    """A whole tensor on the CPU, on the first rank; the others only take part in the gathering."""
+    full = whole(tensor.detach())
+    return full.cpu().contiguous() if place.first else torch.empty(0)
+
+
+def _like(parameter: Tensor, value: Tensor, key: str) -> Tensor:
+    """Optimiser state as torch makes it: moments like the weights, the step count a scalar (on a GPU if fused)."""
+    if key == "step":
+        return value.to(parameter.device) if parameter.device.type == "cuda" else value
+    target = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+    fill(target, value)
+    return target
+
+
+def _random_states(place: Place) -> dict[str, Tensor]:
+    """The generators of all ranks, a row each."""
+    states = {"cpu": torch.get_rng_state()}
+    if place.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(place.device)
+    for name, state in states.items():
+        if place.world > 1:
+            mine = state.to(place.device)
+            rows = [torch.empty_like(mine) for _ in range(place.world)]
+            dist.all_gather(rows, mine)
+            states[name] = torch.stack(rows).cpu()
+        else:
+            states[name] = state[None]
+    return states
+
+
+def _set_random_states(tensors: dict[str, Tensor], place: Place) -> None:
+    """Ours, if there was a rank of our number; a new rank keeps the state that its seed gave it."""
+    rows = tensors["random/cpu"]
+    if place.rank < len(rows):
+        torch.set_rng_state(rows[place.rank].contiguous())
+        if place.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"][place.rank].contiguous(), place.device)
+
+
+def write_checkpoint(
+    folder: Path, state: State, progress: Progress, tokenizer: Any, config: TrainConfig, data: str
+) -> None:
+    """Fills a folder. Collective: every rank takes part, the first writes. data: the digest of the shards."""
+    tensors = state.snapshot()
+    with state.served() as model:
+        if state.place.first:
+            save_model(model, folder, tokenizer)
+            save_file(tensors, folder / TRAINING)
+            about = {"progress": progress.to_dict(), "config": json.loads(config.to_json()), "data": data}
+            (folder / STATE).write_text(json.dumps(about, indent=2))
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was that wrote this checkpoint."""
+    return Progress.from_dict(json.loads((folder / STATE).read_text())["progress"])
+
+
+def check_checkpoint(folder: Path, where: str, config: TrainConfig, data: str) -> None:
+    """Refuses a checkpoint of another model, of other data or of another data order, and says what differs."""
+    state = json.loads((folder / STATE).read_text())
+    theirs = flatten(state["config"])
+    ours = flatten(json.loads(config.to_json()))
+    computed = ("model.checkpointing",)
+    fixed = ("model.", "seed", "data.split", "data.window", "optim.ema")
+    differing = [
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if name.startswith(fixed) and name not in computed and theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{where} holds another run ({'; '.join(differing)}): give this one another --out")
+    if state["data"] != data:
+        raise ValueError(
+            f"{where} holds a run on other shards: give this one another --out, or its own --data"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a local folder or under an s3:// prefix, with Ray and without.
+
+    A checkpoint exists once its `state.json` does, and that is written last and removed first: it is whole or absent
+    whenever a process dies. (Ray Train's own list of checkpoints is rewritten in place: a driver killed in that moment
+    leaves a run that cannot be resumed, and a worker killed in mid-upload leaves a folder that nothing removes.)
+    """
+
+    def __init__(self, folder: str, keep: int, metric: str, place: Place):
+        self.folder, self.keep, self.metric, self.place = folder, keep, metric, place
+
+    def _all(self) -> list[str]:
+        """Folders of whole checkpoints, by epoch and step (their names sort so)."""
+        found = [
+            storage.parent(path)
+            for path in storage.list_files(self.folder, True)
+            if path.endswith("/" + STATE)
+        ]
+        return sorted(found)
+
+    def _ranked(self) -> list[str]:
+        """Worst first; the later of two equals is the better, and any metric beats none."""
+        scores: dict[str, float] = {}
+        for path in self._all():
+            metrics = json.loads(storage.read_bytes(storage.join(path, STATE)))["progress"]["metrics"] or {}
+            scores[path] = metrics.get(self.metric, float("-inf"))
+        return sorted(scores, key=lambda path: (scores[path], path))
+
+    def latest(self) -> str | None:
+        """The checkpoint to go on from."""
+        return next(reversed(self._all()), None)
+
+    def best(self) -> str | None:
+        """The checkpoint with the highest metric; the latest if none has it."""
+        return next(reversed(self._ranked()), None)
+
+    def save(self, write: Callable[[Path], None], progress: Progress) -> None:
+        """Keeps what `write` puts into a folder. Collective: every rank calls it, none goes on before it is kept."""
+        with tempfile.TemporaryDirectory(prefix="hbi-checkpoint-") as part:
+            write(Path(part))
+            if self.place.first:
+                name = f"epoch-{progress.position.epoch:05d}-step-{progress.step:08d}"
+                target = storage.join(self.folder, name)
+                self._remove(target)  # a process may have died while it wrote this
+                for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):
+                    storage.put_file(str(file), storage.join(target, file.name), move=True)
+                self._prune()
+        self.place.wait()
+
+    def _prune(self) -> None:
+        latest = self.latest()
+        for path in self._ranked()[: -self.keep]:
+            if path != latest:
+                self._remove(path)
+        whole = set(self._all())
+        for path in {storage.parent(file) for file in storage.list_files(self.folder, True)} - whole:
+            self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        for file in sorted(storage.list_files(path), key=lambda file: not file.endswith("/" + STATE)):
+            storage.delete(file)
+        if not storage.is_remote(path) and Path(path).is_dir():
+            Path(path).rmdir()
+
+
+@contextmanager
+def fetched(path: str) -> Iterator[Path]:
+    """A local folder with the files of a checkpoint."""
+    if not storage.is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="hbi-checkpoint-") as folder:
+        for file in storage.list_files(path):
+            Path(storage.local_copy(file, folder)).rename(Path(folder) / file.rsplit("/", 1)[1])
+        yield Path(folder)

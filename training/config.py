@@ -1,0 +1,243 @@
+"""What a training run is, as frozen dataclasses, and the named runs.
+
+`hbi train RUN --data SHARDS --set.optim.lr 1e-3` changes any field; the resolved configuration lies beside every
+checkpoint. A batch here is always the global batch: what the contrastive loss compares, over all workers.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from model.config import ModelConfig, TowerConfig
+from model.losses import LossSettings
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which samples, in which batches."""
+
+    batch: int = 128
+    """Clips in a step over all workers: each caption is told from batch - 1 others."""
+    accumulate: int = 1
+    """Pieces in which a worker encodes its share of the batch. Loss and gradient are those of the whole batch for
+    any number of pieces (tokens first without a graph, then piece by piece with one): memory falls, at the cost of a
+    second forward pass."""
+    window: int = 8
+    """Shards over which samples are shuffled; also the shards that a loader worker holds open."""
+    workers: int = 2
+    """Loader processes of each training worker; 0 reads in the training process."""
+    split: str = "train"
+    """The split to train on."""
+    paragraph: bool = False
+    """All captions of a clip as one text, instead of one caption an epoch."""
+    bad_samples: int = 100
+    """Samples that may fail to be read in a run of the loop, over all workers, before it stops."""
+    cache: str = ""
+    """Folder for shards fetched from s3://; "" is one under the system's temporary folder."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate of the new layers."""
+    backbone_lr: float = 1e-7
+    """Peak learning rate of the CLIP towers."""
+    weight_decay: float = 0.2
+    """Decoupled decay of matrices and embeddings; gains and biases do not decay."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    epochs: int = 5
+    """Times that every clip is seen."""
+    steps: int = 0
+    """Stop after this many steps; 0 is as many as the epochs have. The schedule spans the whole run either way."""
+    warmup: float = 0.1
+    """Share of the run's steps over which the learning rate rises."""
+    floor: float = 0.0
+    """Share of the peak at which the cosine ends."""
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then the ones evaluated and saved; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How a step is computed. None of it changes what is computed, beyond rounding."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whole weights on every worker, or weights, gradients and optimiser state split between them (FSDP2)."""
+    bf16: bool = True
+    """bfloat16 autocast where the hardware has it; weights and optimiser stay float32."""
+    compile: bool = False
+    """torch.compile the model: pays on a GPU in runs of thousands of steps."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What Ray Train starts."""
+
+    count: int = 1
+    """Workers, each a rank."""
+    at_least: int = 0
+    """Elastic: go on with as few as this where nodes are lost, and grow back. 0 wants `count`."""
+    gpus: float = 0
+    """GPUs for each worker; 0 trains on CPUs over gloo."""
+    cpus: float = 1
+    """CPUs for each worker. Below 1 leaves room on a small machine; threads are shared out evenly anyway."""
+    failures: int = 3
+    """Worker losses to recover from; preempted nodes do not count."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the state is kept, and how many are."""
+
+    every_steps: int = 500
+    """Steps between checkpoints, besides the one after each epoch; 0 is after epochs only."""
+    keep: int = 2
+    """How many to keep: the best by the metric, and always the latest."""
+    metric: str = "t2v/R@1"
+    """The metric on the evaluation split by which the best is chosen; higher is better."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Retrieval on held-out clips."""
+
+    every_epochs: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated. 0 never evaluates."""
+    select: str = "val"
+    """The split on which the best checkpoint is chosen. Where it is "test", metrics say "selected-on-test"."""
+    final: tuple[str, ...] = ("val", "test")
+    """The splits on which the chosen checkpoint is measured at the end; those that the shards lack are passed over."""
+    batch: int = 64
+    """Clips encoded at once."""
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """What MLflow gets."""
+
+    enabled: bool = True
+    """Track at all."""
+    experiment: str = "hbi"
+    """The MLflow experiment."""
+    every_steps: int = 10
+    """Steps between the lines that are printed and tracked."""
+    register: bool = True
+    """Register the model at the end."""
+    alias: str = ""
+    """Alias that the new version gets; "" gives none."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str = "debug"
+    """The named run that this began as."""
+    seed: int = 42
+    """Of the weights, the order of the data and the choice of captions."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the model."""
+    estimator: str = ""
+    """File with the published estimator's weights, for `loss.target` or `loss.objective` that need it."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """The objective and its weights."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Samples and batches."""
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    """Optimiser and schedule."""
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    """Precision, memory, parallelism."""
+    workers: WorkerSettings = field(default_factory=WorkerSettings)
+    """What Ray Train starts."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """When the state is kept."""
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    """Retrieval on held-out clips."""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """What MLflow gets."""
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("data.batch", self.data.batch, self.data.batch >= 1, "1 or more"),
+            ("data.accumulate", self.data.accumulate, self.data.accumulate >= 1, "1 or more"),
+            ("data.window", self.data.window, self.data.window >= 1, "1 or more"),
+            ("optim.epochs", self.optim.epochs, self.optim.epochs >= 1, "1 or more"),
+            ("optim.warmup", self.optim.warmup, 0 <= self.optim.warmup < 1, "at least 0 and below 1"),
+            ("optim.ema", self.optim.ema, 0 <= self.optim.ema < 1, "at least 0 and below 1"),
+            ("workers.count", self.workers.count, self.workers.count >= 1, "1 or more"),
+            (
+                "workers.at-least",
+                self.workers.at_least,
+                self.workers.at_least <= self.workers.count,
+                "at most count",
+            ),
+            ("checkpoint.keep", self.checkpoint.keep, self.checkpoint.keep >= 1, "1 or more"),
+            ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
+        ]
+        for name, value, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"--set.{name} {value}: must be {rule}")
+
+    def to_json(self) -> str:
+        """As text; `from_json` is its inverse."""
+        return json.dumps(asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> "TrainConfig":
+        """The inverse of `to_json`."""
+        return _build(TrainConfig, json.loads(text))
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from what `asdict` and JSON made of it; fields that are gone are left out."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    return kind(
+        **{
+            name: _build(hints[name], value)
+            if is_dataclass(hints[name])
+            else (tuple(value) if isinstance(value, list) else value)
+            for name, value in values.items()
+            if name in known
+        }
+    )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"optim.lr": 1e-4}: how they are tracked and compared."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _demo() -> TrainConfig:
+    """The made corpus of moving shapes, on two CPU workers.
+
+    Command: `hbi demo`, or `hbi train demo --data demo-out/shards`. No score is published: the corpus is ours; the
+    demo itself asks for ten times chance. Towers are fresh and small, so they learn at the rate of the new layers.
+    """
+    towers = TowerConfig(
+        image_size=64, patch_size=16, vision_width=128, vision_layers=3, vision_heads=4,
+        text_width=128, text_layers=3, text_heads=4, vocab_size=512, context=48, dim=128,
+    )  # fmt: skip
+    return TrainConfig(
+        name="demo",
+        model=ModelConfig(towers=towers, words=40, frames=8, temporal_layers=2, checkpointing=True),
+        data=DataSettings(batch=64, workers=0),
+        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=12),
+        compute=ComputeSettings(bf16=False),
+        workers=WorkerSettings(count=2, cpus=0.5),
+        evaluate=EvaluateSettings(every_epochs=2),
+        tracking=TrackingSettings(alias="champion"),
+    )
+
+
+RUNS: dict[str, TrainConfig] = {"debug": TrainConfig(), "demo": _demo()}

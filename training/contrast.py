@@ -1,0 +1,135 @@
+"""The only place where ranks meet the loss: every rank contrasts its clips with those of all ranks.
+
+Tokens are gathered with gradients. Each rank computes its own part of the loss, so no rank holds the whole pairwise
+tensor, and the parts sum to the loss of the global batch. In the backward pass each rank's tokens collect what all
+the parts say about them. DDP and FSDP average gradients over ranks, so each part counts `world` times: what the
+optimiser sees is exactly the gradient of one process that holds the global batch. (The published gather returned
+only the local slice of the gradient, so that its encoders learned at 1 / world of the rate.)
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from model.hbi import Encoded
+from model.interaction import Tokens
+from model.losses import LossSettings, hbi_loss
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks, in the order of ranks. Backward: the sum over ranks of what each says about our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        padded = _padded(rows, max(sizes))
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        parts = [_padded(part, max(ctx.sizes)) for part in gradients[0].split(ctx.sizes)]
+        ours = torch.empty_like(parts[0])
+        dist.reduce_scatter(ours, parts, group=ctx.group)
+        return ours[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """Collectives want the same shape from every rank."""
+    return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+
+
+def gather_rows(
+    rows: Float[Tensor, "batch width"], group: dist.ProcessGroup | None = None
+) -> tuple[Float[Tensor, "global width"], int]:
+    """The rows of all ranks, with gradients, and where ours begin. Ranks may hold different numbers of rows."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    ours = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(ours) for _ in range(world)]
+    dist.all_gather(counts, ours, group=group)
+    sizes = [int(count) for count in counts]
+    if max(sizes) == 0:
+        return rows, 0
+    gathered = _Gather.apply(rows, sizes, group)
+    assert isinstance(gathered, Tensor)
+    return gathered, sum(sizes[:rank])
+
+
+def gather(local: Encoded, group: dist.ProcessGroup | None = None) -> tuple[Encoded, int]:
+    """The tokens and predictions of the global batch, and where the local rows begin: one collective for all."""
+    parts = _parts(local)
+    wide = torch.cat([part.flatten(1).to(torch.float32) for part in parts], 1)
+    rows, first = gather_rows(wide, group)
+    columns = rows.split([part.flatten(1).shape[1] for part in parts], 1)
+    whole = [
+        column.reshape(len(rows), *part.shape[1:]).to(part.dtype)
+        for column, part in zip(columns, parts, strict=True)
+    ]
+    return _assemble(local, whole), first
+
+
+def _parts(encoded: Encoded) -> list[Tensor]:
+    """All per-clip tensors of `encoded`, in a fixed order."""
+    sides = [part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens]
+    return [*sides, *encoded.predicted.values(), *encoded.estimated.values()]
+
+
+def _assemble(like: Encoded, parts: list[Tensor]) -> Encoded:
+    """The inverse of `_parts`."""
+    rest = iter(parts)
+    return like._replace(
+        text={level: Tokens(next(rest), next(rest), next(rest)) for level in like.text},
+        video={level: Tokens(next(rest), next(rest), next(rest)) for level in like.video},
+        predicted={level: next(rest) for level in like.predicted},
+        estimated={level: next(rest) for level in like.estimated},
+    )
+
+
+def join(pieces: list[Encoded]) -> Encoded:
+    """Pieces of a batch as one."""
+    return _assemble(pieces[0], [torch.cat(same) for same in zip(*map(_parts, pieces), strict=True)])
+
+
+def contrast(
+    local: Encoded, settings: LossSettings, group: dist.ProcessGroup | None = None
+) -> dict[str, Float[Tensor, ""]]:
+    """This rank's part of each loss, scaled so that the mean over ranks is the loss of the global batch.
+
+    A global batch without a single clip has loss 0.
+    """
+    pool, first, world = local, 0, 1
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        (pool, first), world = gather(local, group), dist.get_world_size(group)
+    clips = len(_parts(pool)[0])
+    if clips == 0:
+        return {"loss": local.logit_scale * 0}
+    return {name: part * world for name, part in hbi_loss(local, pool, first, settings, clips).items()}
+
+
+def surface(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
+    """`encoded` in float32 and cut from its graph, with its differentiable tensors in the order of `tensors_of`.
+
+    It is the surface between the encoders and the loss: the loss's gradient stops at these tensors, and goes on into
+    the encoders from there, whole or piece by piece.
+    """
+    differentiable = {id(tensor) for tensor in tensors_of(encoded)}
+    parts = [
+        part.detach().float().requires_grad_() if id(part) in differentiable else part
+        for part in _parts(encoded)
+    ]
+    cut = _assemble(encoded, parts)._replace(
+        logit_scale=encoded.logit_scale.detach().float().requires_grad_()
+    )
+    return cut, tensors_of(cut)
+
+
+def tensors_of(encoded: Encoded) -> list[Tensor]:
+    """The tensors of `encoded` that a gradient goes into: those of each clip, then the logit scale."""
+    sides = [
+        part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens[:2]
+    ]
+    return [*sides, *encoded.predicted.values(), encoded.logit_scale]

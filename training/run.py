@@ -1,0 +1,241 @@
+"""A training run on a Ray cluster: `TorchTrainer` around the loop, and the model that comes out of it."""
+
+import contextlib
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra import storage
+from infra.cluster import ray_running
+from infra.registry import log_and_register, tracking_uri
+from model.text import load_tokenizer, train_tokenizer
+from model.weights import load_model
+from pipelines.sample import ShardIndex
+from training.checkpoint import STATE, TRAINING, Checkpoints, fetched
+from training.config import TrainConfig
+from training.data import captions_of, check_shards
+from training.loop import Hooks, Stopped, Training
+from training.parallel import Place
+from training.tracking import Tracker, lineage
+
+CONFIG, RUN_ID, TOKENIZER, MODEL = "config.json", "run-id.txt", "tokenizer", "model"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left."""
+
+    model: str
+    """Folder of the chosen model: weights, configuration, tokenizer."""
+    metrics: dict[str, float]
+    """Metrics of that model on the final splits, as `test/t2v/R@1`."""
+    run_id: str | None
+    """The MLflow run."""
+    version: str | None
+    """The version that the registry gave the model."""
+
+
+def train(config: TrainConfig, data: str, out: str, tracking: str | None = None) -> TrainResult:
+    """Trains on the shards `data` and leaves everything in the folder `out`; goes on where an earlier call stopped.
+
+    data, out: local or s3://; on a cluster of several machines, a folder that all of them see. tracking: the MLflow
+    store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+
+    Raises ValueError, in one line, where the shards, the checkpoints in `out` or the settings do not fit, where the
+    loss is not finite, and where too much of the data cannot be read.
+    """
+    data, out = storage.absolute(data), storage.absolute(out)
+    uri = tracking_uri(tracking) if config.tracking.enabled else ""
+    index = ShardIndex.read(data)
+    index.of_split(config.data.split)
+    config = _with_tokenizer(config, index, out)
+    with ray_running(), _lines(print) as line_queue:
+        job = Job(config, data, out, uri, line_queue)
+        answer = _run_on_ray(job)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    metrics, run_id = answer
+    folder = storage.join(out, MODEL)
+    version = None
+    if run_id and config.tracking.register:
+        with fetched(folder) as local:
+            alias = config.tracking.alias or None
+            version = log_and_register(local, run_id, uri, metrics=metrics, tags=lineage(data), alias=alias)
+    return TrainResult(folder, metrics, run_id, version)
+
+
+def _with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainConfig:
+    """The configuration with its tokenizer's vocabulary; the captions give the tokenizer where no backbone has one."""
+    if config.model.backbone:
+        return config
+    check_shards(index, config.model)
+    folder = storage.join(out, TOKENIZER)
+    if not storage.exists(storage.join(folder, "tokenizer.json")):
+        captions = captions_of(index, config.data.split)
+        tokenizer = train_tokenizer(captions, config.model.towers.vocab_size)
+        with tempfile.TemporaryDirectory() as made:
+            tokenizer.save_pretrained(made)
+            # tokenizer.json last: it says that the others are there.
+            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "tokenizer.json"):
+                storage.put_file(str(file), storage.join(folder, file.name))
+    with fetched(folder) as local:
+        words = len(load_tokenizer(local))
+    return replace(config, model=replace(config.model, towers=replace(config.model.towers, vocab_size=words)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told."""
+
+    config: TrainConfig
+    data: str
+    out: str
+    uri: str
+    lines: Any
+
+
+def _run_on_ray(job: Job) -> Any:
+    """Runs `work` on Ray Train's workers: what the first of them returned, or why it could not go on."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    workers = job.config.workers
+    path, filesystem = _ray_storage(job.out)
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.at_least, workers.count) if workers.at_least else workers.count,
+            use_gpu=bool(workers.gpus),
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=workers.failures, max_preemption_failures=-1),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:
+        rank, failure = min(error.worker_failures.items())
+        raise RuntimeError(
+            f"worker {rank} failed {workers.failures + 1} times, the last with: {failure}"
+        ) from error
+
+
+def _ray_storage(out: str) -> tuple[str, Any]:
+    """Ray reads storage through pyarrow, which does not know AWS_ENDPOINT_URL."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not storage.is_remote(out) or not endpoint:
+        return out, None
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = endpoint.rpartition("://")
+    return out.removeprefix("s3://"), S3FileSystem(endpoint_override=host, scheme=scheme or "https")
+
+
+@contextlib.contextmanager
+def _lines(say: Callable[[str], None]) -> Iterator[Any]:
+    """A queue whose lines are said here, wherever in the cluster they come from."""
+    from ray.util.queue import Empty, Queue
+
+    lines = Queue(actor_options={"num_cpus": 0})
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.is_set():
+            with contextlib.suppress(Empty, queue.Empty):
+                say(lines.get(timeout=0.5))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        listener.join()
+        while not lines.empty():
+            say(lines.get())
+        lines.shutdown()
+
+
+def work(settings: dict[str, Any]) -> Any:
+    """What each worker does: (metrics, run id), or the reason why the run cannot go on, the same on all ranks."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    job: Job = settings["job"]
+    config, context = job.config, ray.train.get_context()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    place = Place.here(get_device())
+    try:
+        with _tracked(job, place) as tracker:
+            hooks = Hooks(
+                say=lambda line: job.lines.actor.put_nowait.remote(line),
+                track=tracker.metrics,
+                evaluate=lambda model, split: {},
+                ending=lambda: ray.train.get_preemption_info() is not None,
+            )
+            return run(config, job.data, job.out, place, hooks), tracker.run_id or None
+    except Stopped as stopped:
+        return str(stopped)
+
+
+def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) -> dict[str, float]:
+    """The whole run on this rank, with Ray and without: trains, then measures the best model and puts it in place."""
+    index = ShardIndex.read(data)
+    with fetched(config.model.backbone or storage.join(out, TOKENIZER)) as folder:
+        tokenizer = load_tokenizer(folder)
+    checkpoints = Checkpoints(
+        storage.join(out, "checkpoints"),
+        config.checkpoint.keep,
+        f"{config.evaluate.select}/{config.checkpoint.metric}",
+        place,
+    )
+    try:
+        training = Training(config, index, tokenizer, checkpoints, place, hooks)
+    except ValueError as error:  # of settings, shards or checkpoints: the same on all ranks
+        raise Stopped(str(error)) from error
+    training.fit()
+    best = checkpoints.best()
+    assert best is not None
+    metrics: dict[str, float] = {}
+    with fetched(best) as folder:
+        model = load_model(folder).to(place.device)
+        for split in config.evaluate.final:
+            metrics |= hooks.evaluate(model, split) if hooks.evaluate else {}
+        if place.first:
+            names = {file.name for file in folder.iterdir()} - {STATE, TRAINING}
+            for name in sorted(
+                names, key=lambda name: name == CONFIG
+            ):  # last: it says that the others are there
+                storage.put_file(str(folder / name), storage.join(out, MODEL, name))
+    place.wait()
+    return metrics
+
+
+@contextlib.contextmanager
+def _tracked(job: Job, place: Place) -> Iterator[Tracker]:
+    """The MLflow run of this training run: the same one when the run is taken up again."""
+    config, known = job.config, storage.join(job.out, RUN_ID)
+    enabled = config.tracking.enabled and place.first
+    run_id = storage.read_bytes(known).decode() if enabled and storage.exists(known) else None
+    spool = tempfile.gettempdir() if storage.is_remote(job.out) else job.out
+    spool = str(Path(spool) / "tracking")
+    with Tracker(job.uri, config.tracking.experiment, config.name, spool, run_id, enabled) as tracker:
+        if enabled:
+            storage.write_bytes(known, str(tracker.run_id).encode())
+            tracker.params(asdict(config))
+            tracker.tags(lineage(job.data))
+        yield tracker
