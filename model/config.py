@@ -1,7 +1,7 @@
 """Sizes of the model: frozen, checked when made, and the same after a round trip through JSON."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 
 def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; an unknown field is an error, a missing one takes its default."""
         values = dict(values)
         towers = TowerConfig(**_known(TowerConfig, values.pop("towers", {})))

@@ -9,6 +9,8 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 Padding = Literal["absent", "zero"]
+Sides = tuple[Tensor, Tensor, Tensor]
+"""Directions, weights and mask of all the tokens of one side."""
 
 
 class Tokens(NamedTuple):
@@ -27,9 +29,19 @@ class Tokens(NamedTuple):
         return self.logits.masked_fill(~self.mask, absent).softmax(-1) * self.mask
 
 
+def _directions(tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
+    return normalize(tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens, dim=-1)
+
+
+def _full_precision(tokens: Tensor) -> torch.autocast:
+    """No autocast: three digits of a cosine are too few for a softmax at a logit scale of 100."""
+    return torch.autocast(tokens.device.type, enabled=False)
+
+
 def pair_similarity(text: Tokens, video: Tokens) -> Float[Tensor, "batch words frames"]:
     """Cosines of each text's words with its own video's frames; 0 at padding."""
-    cosines = torch.einsum("btd,bvd->btv", normalize(text.tokens, dim=-1), normalize(video.tokens, dim=-1))
+    with _full_precision(text.tokens):
+        cosines = torch.einsum("btd,bvd->btv", _directions(text.tokens), _directions(video.tokens))
     return cosines * (text.mask[:, :, None] & video.mask[:, None, :])
 
 
@@ -45,7 +57,7 @@ def _block(
     """The similarity of some texts with some videos: the whole of [texts, videos, words, frames] in memory."""
     cosines = torch.einsum("atd,bvd->abtv", words, frames)
     present = word_mask[:, None, :, None] & frame_mask[None, :, None, :]
-    # A finite lowest value: a padded word's maximum times its weight 0 must be 0, not NaN.
+    # Below every cosine, and finite: a padded word's maximum times its weight 0 must be 0, not NaN.
     cosines = cosines.masked_fill(~present, 0.0 if padding == "zero" else -2.0)
     # max, not amax: it keeps the places of the maxima for the backward pass, not the whole grid.
     of_words = torch.einsum("abt,at->ab", cosines.max(dim=3).values, word_weights)
@@ -70,9 +82,17 @@ def weighted_similarity(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be at least 1 (or None for no chunks)")
-    words = (normalize(text.tokens, dim=-1), text.weights(), text.mask)
-    frames = (normalize(video.tokens, dim=-1), video.weights(), video.mask)
-    if chunk is None or (len(text.mask) <= chunk and len(video.mask) <= chunk):
+    with _full_precision(text.tokens):
+        words = (_directions(text.tokens), text.weights(), text.mask)
+        frames = (_directions(video.tokens), video.weights(), video.mask)
+        return _blocks(words, frames, chunk, padding)
+
+
+def _blocks(
+    words: Sides, frames: Sides, chunk: int | None, padding: Padding
+) -> Float[Tensor, "texts videos"]:
+    """The similarity, block by block where it is larger than one."""
+    if chunk is None or (len(words[0]) <= chunk and len(frames[0]) <= chunk):
         return _block(*words, *frames, padding)
     # Split once: the gradient of each part then gathers at the part's own size.
     word_parts = list(zip(*(tensor.split(chunk) for tensor in words), strict=True))

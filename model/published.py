@@ -1,5 +1,6 @@
 """Published HBI checkpoints: their names and shapes, read into ours."""
 
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -106,10 +108,20 @@ def _read_state(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tenso
     what, entries = "the state dict", source
     if isinstance(source, str | Path):
         what = str(source)
-        if what.endswith(".safetensors"):
-            entries = load(Path(source).read_bytes())
-        else:
-            entries = torch.load(source, map_location="cpu", weights_only=True)
+        try:
+            if what.endswith(".safetensors"):
+                entries = load(Path(source).read_bytes())
+            else:
+                entries = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"{what}: no such file") from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+            reason = (
+                "it holds more than arrays"
+                if "Unsupported" in str(error)
+                else "it is damaged, or no checkpoint"
+            )
+            raise ValueError(f"{what} cannot be read: {reason}") from error
     if not isinstance(entries, Mapping):
         raise ValueError(f"{what} holds no state dict but a {type(entries).__name__}")
     for wrapper in ("state_dict", "model_state_dict", "model"):
