@@ -118,7 +118,7 @@ class Decoder:
             return self._exchange(request | {"decoders": ("pyav",)}, payload, deadline)
         finally:
             child = self._child
-            if child is not None and (not child.alive or child.done >= self.renew_after):
+            if child is not None and (not child.alive or child.done >= self.renew_after or child.swollen()):
                 self.close()
 
     def _exchange(
@@ -139,6 +139,7 @@ class _Child:
         self.alive = True
         self.done = 0
         self.trying = ""
+        self.idle = 0
         lifeline, self._lifeline = os.pipe()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`)
         root = str(Path(__file__).resolve().parent.parent)
@@ -165,6 +166,11 @@ class _Child:
         except DecodeError as error:
             raise RuntimeError(f"the decode process does not start: {error}") from error
         self.start_seconds = time.monotonic() - begin
+        self.idle = self.resident()
+
+    def swollen(self) -> bool:
+        """Whether it still holds half of what a clip may take, though it has nothing to do: a leak."""
+        return self.resident() > self.idle + self.memory // 2
 
     def exchange(
         self, request: dict[str, Any], payload: bytes, deadline: float, timeout: float
@@ -202,7 +208,7 @@ class _Child:
             if left <= 0:
                 raise self._over(f"decoding ran past the time limit of {timeout:g} s")
             events = poll.poll(min(left, 0.1) * 1000)
-            if not events and self._resident() > self.memory:
+            if not events and self.resident() > self.idle + self.memory:
                 raise self._over(f"decoding took more than the memory limit of {self.memory // MIB} MiB")
             for descriptor, event in events:
                 if descriptor == self._to.fileno():
@@ -236,7 +242,7 @@ class _Child:
                     continue
                 return reply, content
 
-    def _resident(self) -> int:
+    def resident(self) -> int:
         """Bytes of memory that the child holds now; 0 where the system does not say."""
         try:
             statm = Path(f"/proc/{self._process.pid}/statm").read_text()

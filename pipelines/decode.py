@@ -6,6 +6,8 @@ do (hang, crash, eat memory) is contained by `Decoder`, the child process of `pi
 """
 
 import io
+import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -320,9 +322,14 @@ def _source(data: bytes | Path | str) -> Iterator[BinaryIO]:
         yield io.BytesIO(data)
         return
     try:
+        mode = Path(data).stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise DecodeError("it is a folder, not a video")
+        if not stat.S_ISREG(mode):
+            raise DecodeError("it is no regular file")  # a pipe or device would be read for ever
         stream = Path(data).open("rb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise DecodeError(f"the file cannot be opened: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise DecodeError(f"the file cannot be opened: {failed(error)}") from error
     with stream:
         yield stream
 
@@ -346,6 +353,17 @@ def _decord_is_right(container: "InputContainer", stream: "VideoStream", timelin
     )
 
 
+def _for_decord(source: BinaryIO) -> BinaryIO | str:
+    """What decord is to open: the bytes, or for a large file a path, so that it is not copied into memory.
+
+    By path decord would follow a playlist; that `source` is none was seen before. The path by descriptor has no
+    extension that could mislead, and exists for names that are not UTF-8, which decord cannot open.
+    """
+    if isinstance(source, io.BytesIO) or os.fstat(source.fileno()).st_size <= KEPT_PACKETS_BYTES:
+        return source
+    return f"/dev/fd/{source.fileno()}"
+
+
 def _by_decord(
     source: BinaryIO,
     stream: "VideoStream",
@@ -364,7 +382,7 @@ def _by_decord(
     try:
         source.seek(0)
         # VP9 fails after a few frames with other numbers of threads; one process per core needs no more than one.
-        reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
+        reader = decord.VideoReader(_for_decord(source), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != len(times):
             raise DecodeError(f"decord counts {len(reader)} frames, the file has {len(times)}")
         for index in chosen.tolist():

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -96,7 +97,9 @@ class Row:
         """The row as a line of a JSON Lines manifest, without what is default."""
         content: dict[str, Any] = {"video": self.video, "id": self.id, "captions": self.captions}
         content |= {"split": self.split} if self.split != "train" else {}
-        content |= {name: value for name in ("start", "end", "qa") if (value := getattr(self, name))}
+        content |= {
+            name: value for name in ("start", "end", "qa") if (value := getattr(self, name)) not in (None, [])
+        }
         # Escaped to ASCII: file names that are not UTF-8 come back as they were.
         return json.dumps(content | self.extra)
 
@@ -134,6 +137,25 @@ def write_manifest(rows: Iterable[Row], path: str) -> int:
         if not count:
             raise ValueError(f"{path}: there is no clip to write")
         storage.put_file(str(spool), path, move=True)
+    return count
+
+
+def import_dataset(name: str, annotations: str, videos: str, out: str) -> int:
+    """Writes the manifest of a published dataset (see `pipelines.formats`); how many rows it has.
+
+    annotations: the folder of the published files. videos: the folder of the videos. A video that is missing keeps its
+    row, and will be a row of failures.jsonl; how many are missing is said on standard error.
+    """
+    from pipelines.formats import read_dataset
+
+    rows, found = read_dataset(name, annotations, videos)
+    count = write_manifest(rows, out)
+    if found.missing:
+        some = ", ".join(sorted(found.missing)[:3]) + ", …" * (len(found.missing) > 3)
+        print(
+            f"{len(found.missing)} videos are not in {found.folder} ({some}): their rows are written, and will fail",
+            file=sys.stderr,
+        )
     return count
 
 
