@@ -25,12 +25,16 @@ class Tokens(NamedTuple):
 
     def weights(self) -> Float[Tensor, "batch n"]:
         """Softmax of the logits over the present tokens; 0 at padding, and everywhere in a row without a token."""
-        absent = torch.finfo(self.logits.dtype).min
-        return self.logits.masked_fill(~self.mask, absent).softmax(-1) * self.mask
+        logits = _at_least_float32(self.logits)
+        return logits.masked_fill(~self.mask, torch.finfo(logits.dtype).min).softmax(-1) * self.mask
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _directions(tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
-    return normalize(tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens, dim=-1)
+    return normalize(_at_least_float32(tokens), dim=-1)
 
 
 def _full_precision(tokens: Tensor) -> torch.autocast:

@@ -41,6 +41,9 @@ class LossSettings:
             raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"LossSettings.chunk is {self.chunk}, must be at least 1")
+        for name in ("interaction", "distillation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
         if not self.target_scale > 0:
             raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
 
