@@ -7,7 +7,9 @@ optimiser sees is exactly the gradient of one process that holds the global batc
 only the local slice of the gradient, so that its encoders learned at 1 / world of the rate.)
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from torch import Tensor
 from model.hbi import Encoded
 from model.interaction import Tokens
 from model.losses import LossSettings, hbi_loss
+
+Piece = TypeVar("Piece")
 
 
 class _Gather(torch.autograd.Function):
@@ -133,3 +137,36 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
         part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens[:2]
     ]
     return [*sides, *encoded.predicted.values(), encoded.logit_scale]
+
+
+def backward(
+    encode: Callable[[Piece], Encoded],
+    pieces: Sequence[Piece],
+    settings: LossSettings,
+    averaging: Callable[[bool], AbstractContextManager[None]] = lambda on: nullcontext(),
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """The losses of the global batch, and its gradient added to that of the weights behind `encode`.
+
+    The rank's part of the batch comes in pieces. With one, the encoders keep their graph while the loss is computed
+    on their tokens. With more, tokens are made without a graph first, and each piece is encoded once more when the
+    loss's gradient at its tokens is known (GradCache, Gao et al. 2021): the same loss, the same gradient.
+    averaging(on): a context in which backward passes average gradients over the ranks, or do not.
+    """
+    with torch.set_grad_enabled(len(pieces) == 1):
+        encoded = [encode(piece) for piece in pieces]
+    cut, leaves = surface(join(encoded))
+    losses = contrast(cut, settings, group)
+    losses["loss"].backward()
+    *gradients, of_scale = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    shares = zip(*(gradient.tensor_split(len(pieces)) for gradient in gradients), strict=True)
+    for number, (piece, share) in enumerate(zip(pieces, shares, strict=True), 1):
+        last = number == len(pieces)  # ranks average once, and the scale counts once
+        with averaging(last):
+            tensors = tensors_of(encoded[0] if len(pieces) == 1 else encode(piece))
+            into = zip(tensors, [*share, of_scale if last else of_scale * 0], strict=True)
+            wanted = [
+                (tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad
+            ]
+            torch.autograd.backward([t for t, _ in wanted], [g for _, g in wanted])
+    return {name: loss.detach() for name, loss in losses.items()}

@@ -259,8 +259,14 @@ class Clips(Dataset):
         names = sorted(
             (n for n in members if n.endswith((".jpg", ".jpeg"))), key=lambda n: int(n.split(".")[0])
         )
-        if len(names) > self.frames or not names:
+        if not 1 <= len(names) <= self.frames:
             raise ValueError(f"{len(names)} frames, expected 1 to {self.frames}")
+        if len(names) != len(
+            text.get("timestamps", names)
+        ):  # a tar cut between two members reads as a shorter clip
+            raise ValueError(
+                f"{len(names)} of {len(text['timestamps'])} frames are there: the tar is cut short"
+            )
         if not captions:
             return np.empty((0, self.size, self.size, 3), np.uint8), None
         video = np.empty((len(names), self.size, self.size, 3), np.uint8)

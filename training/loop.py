@@ -23,7 +23,7 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.config import TrainConfig
-from training.contrast import contrast, join, surface, tensors_of
+from training.contrast import backward
 from training.data import Batch, Loader, check_shards, index_digest
 from training.meter import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
 from training.optim import Average, make_optimizer, schedule, set_learning_rate
@@ -124,43 +124,20 @@ class Training:
         set_learning_rate(self.optimizer, share)
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of the global batch, and its gradient in the weights.
+        """The losses of the global batch, and its gradient in the weights."""
+        return backward(
+            self._encode, self._pieces(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
+        )
 
-        The batch is encoded in `data.accumulate` pieces. With one, the graph of the encoders is kept while the loss
-        is computed on their tokens. With more, tokens are made without a graph first, and each piece is encoded again
-        when the loss's gradient at the tokens is known (GradCache, Gao et al. 2021): same loss, same gradient.
-        """
-        count = self.config.data.accumulate
-        pieces = self._pieces(batch, count)
-        with torch.set_grad_enabled(count == 1):
-            encoded = [self._encode(piece) for piece in pieces]
-        cut, leaves = surface(join(encoded))
-        losses = contrast(cut, self.config.loss)
-        losses["loss"].backward()
-        *gradients, of_scale = [
-            leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves
-        ]
-        shares = list(zip(*(gradient.tensor_split(count) for gradient in gradients), strict=True))
-        for number, (piece, share) in enumerate(zip(pieces, shares, strict=True), 1):
-            last = number == count  # ranks average their gradients once, and the scale counts once
-            with averaging(self.wrapped, last):
-                tensors = tensors_of(encoded[0] if count == 1 else self._encode(piece))
-                into = zip(tensors, [*share, of_scale if last else of_scale * 0], strict=True)
-                wanted = [
-                    (tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad
-                ]
-                torch.autograd.backward([t for t, _ in wanted], [g for _, g in wanted])
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def _pieces(self, batch: Batch, count: int) -> list[tuple[Tensor, ...]]:
-        """What the model takes, on its device, in `count` pieces (the later ones may be empty)."""
+    def _pieces(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """What the model takes, on its device, in `data.accumulate` pieces (the later ones may be empty)."""
         ids, mask = tokenize(self.tokenizer, batch.captions, self.config.model.words)
         if batch.video.is_pinned():
             ids, mask = ids.pin_memory(), mask.pin_memory()
         whole = [
             t.to(self.place.device, non_blocking=True) for t in (ids, mask, batch.video, batch.video_mask)
         ]
-        return list(zip(*(tensor.tensor_split(count) for tensor in whole), strict=True))
+        return list(zip(*(t.tensor_split(self.config.data.accumulate) for t in whole), strict=True))
 
     def _encode(self, piece: tuple[Tensor, ...]) -> Encoded:
         with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.bf16):
