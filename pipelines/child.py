@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +29,15 @@ from typing import IO, Any
 import numpy as np
 
 from model.frames import FrameSettings
-from pipelines.decode import DECODERS, Clip, DecodeError, decode_clip
+from pipelines.decode import DECODERS, Clip, DecodeError, Facts, decode_clip, probe, small_frames
 
 START_SECONDS = 60.0
 """How long a child may take to start (a busy machine, a cold disk)."""
 HEADER = struct.Struct("<IQ")
 """Lengths of the JSON and of the bytes that follow it."""
 MIB = 1 << 20
+CUT_SIDE = 256
+"""Long side in pixels of the frames in which cuts are looked for."""
 
 
 class _Ended(DecodeError):
@@ -81,6 +84,14 @@ class Decoder:
             return replace(clip, jpegs=blobs)
         size = self.settings.size
         return replace(clip, frames=[np.frombuffer(b, np.uint8).reshape(size, size, 3) for b in blobs])
+
+    def probe(self, data: bytes | Path | str) -> Facts:
+        """What a video is, without its frames; DecodeError with a reason for people."""
+        return Facts(**self._ask("probe", data)[0])
+
+    def cuts(self, data: bytes | Path | str, threshold: float, min_seconds: float) -> list[float]:
+        """When new shots begin, in seconds, the first (0) left out; see `find_cuts`. DecodeError likewise."""
+        return self._ask("cuts", data, threshold=threshold, min_seconds=min_seconds)[0]["cuts"]
 
     def close(self) -> None:
         """Ends the child."""
@@ -317,6 +328,12 @@ def serve() -> None:
 
 def _answer(request: dict[str, Any], payload: bytes, trying: Any) -> tuple[dict[str, Any], list[bytes]]:
     data = payload if request["path"] is None else request["path"]
+    if request["task"] == "probe":
+        return asdict(probe(data)), []
+    if request["task"] == "cuts":
+        return {
+            "cuts": find_cuts(small_frames(data, CUT_SIDE), request["threshold"], request["min_seconds"])
+        }, []
     settings = FrameSettings(**request["settings"])
     clip = decode_clip(data, settings, request["start"], request["end"], tuple(request["decoders"]), trying)
     if request["quality"] is None:
@@ -324,6 +341,27 @@ def _answer(request: dict[str, Any], payload: bytes, trying: Any) -> tuple[dict[
     else:
         blobs = [encode_jpeg(frame, request["quality"]) for frame in clip.frames]
     return asdict(replace(clip, frames=[], jpegs=[])), blobs
+
+
+def find_cuts(
+    frames: Iterable[tuple[float, np.ndarray]], threshold: float, min_seconds: float
+) -> list[float]:
+    """Times at which new shots begin, by the content detector of PySceneDetect. frames: (seconds, uint8 BGR)."""
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import ContentDetector
+
+    # Frames are counted, not timed: where the frame rate varies, the detector's clock would be wrong.
+    detector = ContentDetector(threshold=threshold, min_scene_len=1)
+    times: list[float] = []
+    found: list[float] = []
+    for seconds, frame in frames:
+        for cut in detector.process_frame(FrameTimecode(len(times), 25.0), frame):
+            number = min(cut.frame_num, len(times))
+            at = seconds if number == len(times) else times[number]
+            if at - (found[-1] if found else times[0]) >= min_seconds:
+                found.append(round(at, 6))
+        times.append(seconds)
+    return found
 
 
 def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:

@@ -353,6 +353,47 @@ def _decord_is_right(container: "InputContainer", stream: "VideoStream", timelin
     )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a video is, without its frames."""
+
+    duration: float
+    """Its length in seconds."""
+    fps: float
+    """Frames per second, its average."""
+    width: int
+    """In pixels, as stored."""
+    height: int
+    """In pixels, as stored."""
+
+
+def probe(data: bytes | Path | str) -> Facts:
+    """What a video is; DecodeError with the reason. Nothing is decoded unless its packets carry no times."""
+    with _source(data) as source, opened(source) as (container, stream):
+        timeline = read_timeline(container, stream)
+        times = timeline.times if timeline is not None else _decoded_times(source, timeline)
+        fps, duration = _rate_and_length(stream, times, timeline)
+        context = stream.codec_context
+        return Facts(round(duration, 6), round(fps, 6), context.width, context.height)
+
+
+def small_frames(data: bytes | Path | str, side: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video with its time in seconds, uint8 BGR, the long side at most `side`: to find shots in."""
+    with _source(data) as source:
+        with opened(source) as (container, stream):
+            timeline = read_timeline(container, stream)
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+        for index, frame in enumerate(_decoded(source)):
+            time = index / rate
+            if timeline is not None and frame.pts is not None:
+                place = int(np.searchsorted(timeline.stamps, frame.pts))
+                time = float(timeline.times[min(place, len(timeline.times) - 1)])
+            _check_size(frame.width, frame.height)
+            scale = min(1.0, side / max(frame.width, frame.height))
+            width, height = (max(1, round(length * scale)) for length in (frame.width, frame.height))
+            yield time, frame.to_ndarray(format="bgr24", width=width, height=height)
+
+
 def _for_decord(source: BinaryIO) -> BinaryIO | str:
     """What decord is to open: the bytes, or for a large file a path, so that it is not copied into memory.
 
