@@ -20,7 +20,7 @@ from typing import Any
 from infra import storage
 from infra.cluster import ray_running
 from pipelines import shards
-from pipelines.decode import Decoder
+from pipelines.child import Decoder
 from pipelines.plan import FOLDER, Plan, Unit, plan
 from pipelines.report import Page
 from pipelines.shards import Record, ShardError, ShardSettings, make_shard
@@ -220,7 +220,8 @@ def _make_all(
 def _done(out: str, missing: list[Unit], settings: ShardSettings) -> Iterator[dict[str, Any]]:
     """What each task says of its shard, as they finish."""
     import ray.data
-    from ray.exceptions import WorkerCrashedError
+    from ray.data.block import BlockAccessor
+    from ray.exceptions import RayError, RayTaskError
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     for start in range(0, len(missing), WAVE):
@@ -240,11 +241,17 @@ def _done(out: str, missing: list[Unit], settings: ShardSettings) -> Iterator[di
             -1
         )  # a shard may take its time; each clip has its limit
         try:
-            yield from data.iter_rows()
-        except WorkerCrashedError as error:
-            raise ShardError(
-                f"workers died {RETRIES + 1} times at the same shard: run again to go on"
-            ) from error
+            # Not iter_rows: where it is left half-way (Ctrl-C), it waits for the running tasks to finish.
+            for bundle in data.iter_internal_ref_bundles():
+                references: list[Any] = bundle.block_refs
+                for reference in references:
+                    block = BlockAccessor.for_block(ray.get(reference))
+                    yield from block.iter_rows(public_row_format=True)
+        except RayTaskError:
+            raise  # our own mistake, with its traceback
+        except RayError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
 
 
 def _make(row: dict[str, Any], out: str, settings: ShardSettings) -> dict[str, Any]:

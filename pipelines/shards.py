@@ -23,7 +23,8 @@ from typing import IO, Any
 
 from infra import storage
 from model.frames import FrameSettings
-from pipelines.decode import DecodeError, Decoder
+from pipelines.child import Decoder
+from pipelines.decode import DecodeError
 from pipelines.plan import Plan, Unit, read_unit
 from pipelines.read import Row
 from pipelines.sample import FAILURES_NAME, INDEX_NAME, Sample, ShardInfo, members_of
@@ -49,7 +50,7 @@ class ShardSettings:
     """Of the frames, 1 to 100."""
     clip_timeout: float = 60.0
     """Seconds after which the decoding of a clip is ended and recorded as a failure."""
-    clip_memory: int = 4096
+    clip_memory: int = 2048
     """MiB that the decoding of a clip may take."""
 
     def __post_init__(self) -> None:
