@@ -65,6 +65,8 @@ class TextTower(nn.Module):
     ) -> Float[Tensor, "batch words dim"]:
         """A word sees the present words up to itself; a word that sees none (padding in front) sees itself."""
         n = input_ids.shape[1]
+        if n > (most := len(self.embeddings.position_embedding.weight)):
+            raise ValueError(f"text: {n} tokens, the model has positions for {most}")
         causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
         seen = causal & mask[:, None, :]
         seen |= ~seen.any(-1, keepdim=True) & torch.eye(n, dtype=torch.bool, device=mask.device)
@@ -149,7 +151,8 @@ def tokenize(
     mask = torch.zeros(len(texts), words, dtype=torch.bool)
     if not len(texts):
         return input_ids, mask
-    encoded: Any = tokenizer(list(texts), truncation=True, max_length=words)
+    # A mark that a caption spells out is text like any other.
+    encoded: Any = tokenizer(list(texts), truncation=True, max_length=words, split_special_tokens=True)
     for row, ids in enumerate(encoded["input_ids"]):
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         mask[row, : len(ids)] = True
