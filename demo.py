@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hbi
+
 QUESTIONS = (
     "the red square moves left",
     "the blue star grows then the yellow circle moves down",
     "first a green cross spins and after that a green cross goes away",
 )
-EXPERIMENT = "demo"
+MODEL = "models:/hbi@champion"
 
 
 @dataclass
@@ -39,6 +41,10 @@ class Demo:
     @property
     def file(self) -> Path:
         return self.folder / "demo.json"
+
+    def path(self, name: str) -> str:
+        """Something in the folder."""
+        return str(self.folder / name)
 
     def open(self, fresh: bool) -> None:
         """Resumes what lies in the folder, or starts clean, and says which."""
@@ -82,78 +88,49 @@ def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int
     demo.open(fresh)
     tracking = f"sqlite:///{folder / 'mlflow.db'}"
     if "corpus" not in demo.stages:
-        _corpus(demo)
+        with demo.stage("corpus", "H.264 clips of moving shapes, with captions and questions"):
+            hbi.corpus(demo.path("corpus"), clips, seed)
     with ray_running():
         if "shard" not in demo.stages:
             _shard(demo)
         if "train" not in demo.stages:
             _train(demo, tracking)
         if "index" not in demo.stages:
-            _index(demo, tracking)
+            with demo.stage("index", f"the frame tokens of every clip, by {MODEL}"):
+                hbi.index(MODEL, demo.path("shards"), demo.path("index"), tracking=tracking)
         _search(demo, tracking, port)
         print(table(demo), flush=True)
         if serve:
             _keep_serving(tracking, port)
 
 
-def _corpus(demo: Demo) -> None:
-    from tqdm import tqdm
-
-    from pipelines.corpus import make_corpus
-
-    with demo.stage("corpus", "H.264 clips of moving shapes, with captions and questions"):
-        with tqdm(total=demo.settings["clips"], unit="clip", mininterval=1) as bar:
-            for done in make_corpus(str(demo.folder / "corpus"), **demo.settings):
-                bar.update(done - bar.n)
-
-
 def _shard(demo: Demo) -> None:
-    from model.frames import FrameSettings
-    from pipelines.run import shard
-    from pipelines.shards import ShardSettings
     from training.config import RUNS
 
     model = RUNS["demo"].model
-    frames = FrameSettings(count=model.frames, size=model.towers.image_size)
     with demo.stage("shard", "Ray Data decodes them into WebDataset tars") as result:
-        settings = ShardSettings(frames=frames, samples_per_shard=100)
-        summary = shard(str(demo.folder / "corpus" / "manifest.jsonl"), str(demo.folder / "shards"), settings)
-        print(summary)
-        result.update(rows=summary.rows, samples=summary.samples, failures=summary.failures)
+        made = hbi.shard(
+            demo.path("corpus/manifest.jsonl"), demo.path("shards"), model.frames, model.towers.image_size
+        )
+        result.update(rows=made.rows, samples=made.samples, failures=made.rows - made.samples)
 
 
 def _train(demo: Demo, tracking: str) -> None:
     from training.config import RUNS
-    from training.run import train
 
-    with demo.stage("train", "Ray Train, two workers over gloo, checkpointing; tracked and registered in MLflow") as result:
+    with demo.stage("train", "Ray Train, two workers over gloo; MLflow tracks and registers") as result:
         config = replace(RUNS["demo"], seed=demo.settings["seed"])
-        trained = train(config, str(demo.folder / "shards"), str(demo.folder / "runs"), tracking=tracking)
-        result.update(metrics=trained.metrics, run_id=trained.run_id, version=trained.version)
-
-
-def _index(demo: Demo, tracking: str) -> None:
-    from infra.index import Maker
-    from infra.registry import pin_model, resolve_model
-    from pipelines.embed import index_shards
-    from pipelines.sample import ShardIndex
-
-    shards = str(demo.folder / "shards")
-    with demo.stage("index", "frame tokens of every clip, by models:/hbi@champion"):
-        maker = Maker(pin_model("models:/hbi@champion", tracking), tracking, ShardIndex.read(shards).settings)
-        folder = resolve_model(maker.model, tracking)
-        for done, total in index_shards(folder, maker, shards, str(demo.folder / "index")):
-            print(f"\r{done} of {total} clips", end="", flush=True)
-        print()
+        made = hbi.train("demo", demo.path("shards"), demo.path("run"), tracking, config)
+        result.update(metrics=made.metrics, run_id=made.run_id)
 
 
 def _search(demo: Demo, tracking: str, port: int) -> None:
     from infra.registry import resolve_model
     from infra.serve import start
 
-    with demo.stage("search", "Ray Serve answers over HTTP with models:/hbi@champion"):
-        address = start(resolve_model("models:/hbi@champion", tracking), str(demo.folder / "index"), port=port)
-        captions = _captions(demo.folder / "corpus" / "manifest.jsonl")
+    with demo.stage("search", f"Ray Serve answers over HTTP with {MODEL}"):
+        address = start(resolve_model(MODEL, tracking), demo.path("index"), port=port)
+        captions = _captions(Path(demo.path("corpus/manifest.jsonl")))
         for question in QUESTIONS:
             print(f"\n  “{question}”")
             for result in _ask(address, question, 3):
@@ -194,16 +171,31 @@ def table(demo: Demo) -> str:
     times = metrics["test/t2v/R@1"] / chance[0]
     lines.append(f"           text-to-video R@1 is {times:.0f} times chance")
     if times < 10:
-        raise ValueError("\n".join([*lines, "R@1 is under ten times chance: the model or its training is wrong"]))
+        raise ValueError(
+            "\n".join([*lines, "R@1 is under ten times chance: the model or its training is wrong"])
+        )
     return "\n".join(lines)
 
 
 def _keep_serving(tracking: str, port: int) -> None:
     """Keeps the page up, and the MLflow UI beside it, until Ctrl-C."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking, "--port", str(port + 1)]
-    with subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ui:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        tracking,
+        "--port",
+        str(port + 1),
+    ]
+    with subprocess.Popen(
+        [*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as ui:
         try:
-            print(f"\nsearch page  http://127.0.0.1:{port}/\nMLflow UI    http://127.0.0.1:{port + 1}/\nCtrl-C ends both")
+            print(
+                f"\nsearch page  http://127.0.0.1:{port}/\nMLflow UI    http://127.0.0.1:{port + 1}/\nCtrl-C ends both"
+            )
             threading.Event().wait()
         finally:
             ui.terminate()

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -17,7 +17,12 @@ END_SECONDS = 3.5
 
 
 def demo(
-    out: str = "demo-out", clips: int = 2000, seed: int = 0, serve: bool = False, fresh: bool = False, port: int = 8000
+    out: str = "demo-out",
+    clips: int = 2000,
+    seed: int = 0,
+    serve: bool = False,
+    fresh: bool = False,
+    port: int = 8000,
 ) -> None:
     """The whole chain on the made corpus: videos, shards, training, registry, index, search.
 
@@ -50,10 +55,86 @@ def corpus(out: Positional[str], clips: int = 2000, seed: int = 0) -> None:
 
     from pipelines.corpus import make_corpus
 
-    with tqdm(total=clips, unit="clip", desc="corpus") as bar:
+    with tqdm(total=clips, unit="clip", desc="corpus", **_calm()) as bar:
         for done in make_corpus(out, clips, seed):
             bar.update(done - bar.n)
     print(f"{out}: {clips} clips and manifest.jsonl")
+
+
+def shard(
+    manifest: Positional[str],
+    out: Positional[str],
+    frames: int = 12,
+    size: int = 224,
+    choice: Literal["uniform", "fps", "segments"] = "uniform",
+    fps: float = 1.0,
+    samples_per_shard: int = 100,
+    jpeg_quality: int = 95,
+    clip_timeout: float = 60.0,
+    clip_memory: int = 2048,
+    report: str | None = None,
+) -> Any:
+    """Decode the clips of a manifest into WebDataset tars; every clip ends as a sample or as a failure with a reason.
+
+    Run again, it does only what is missing.
+    Example: hbi shard manifest.jsonl shards --frames 12 --size 224
+
+    Args:
+        manifest: JSON Lines or Parquet, local or s3://; one row a clip.
+        out: Folder or s3:// URI for the tars, index.json and failures.jsonl.
+        frames: Most frames of a clip.
+        size: Height and width of a frame in pixels.
+        choice: uniform from first to last; the centres of equal segments; or so many per second.
+        fps: Frames per second of choice fps.
+        samples_per_shard: Manifest rows per tar.
+        jpeg_quality: Of the frames, 1 to 100.
+        clip_timeout: Seconds after which a clip is given up.
+        clip_memory: MiB that decoding a clip may take.
+        report: Path of an HTML page to write: contact sheets, histograms, failures.
+    """
+    from model.frames import FrameSettings
+    from pipelines.run import shard as make_shards
+    from pipelines.shards import ShardSettings
+
+    cut = FrameSettings(frames, size, choice, fps)
+    settings = ShardSettings(cut, samples_per_shard, jpeg_quality, clip_timeout, clip_memory)
+    summary = make_shards(manifest, out, settings, report)
+    print(summary)
+    return summary
+
+
+def train(
+    run: Positional[str], data: str, out: str | None = None, tracking: str | None = None, set: Any = None
+) -> Any:
+    """Train a named run on shards; run again, it goes on from its last checkpoint.
+
+    Example: hbi train demo --data shards --set.optim.lr 1e-3
+
+    Args:
+        run: A named run of training/config.py.
+        data: A folder that `hbi shard` wrote, local or s3://.
+        out: Folder or s3:// URI for checkpoints and the model (default: runs/RUN).
+        tracking: MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+        set: Any field of the run.
+    """
+    from training.run import train as start
+
+    result = start(set, data, out or f"runs/{run}", tracking)
+    print(f"model  {result.model}")
+    for name, value in sorted(result.metrics.items()):
+        print(f"{name:24} {value:8.2f}")
+    return result
+
+
+def _set_from(args: list[str]) -> None:
+    """Gives `train` the type and the defaults of its `--set` flags: those of the run that the arguments name."""
+    from training.config import RUNS, TrainConfig
+
+    name = args[0] if args and not args[0].startswith("-") else "debug"
+    if name not in RUNS:
+        raise ValueError(f"{name}: no such run: choose one of {', '.join(RUNS)}")
+    train.__annotations__["set"] = TrainConfig
+    train.__defaults__ = (*(train.__defaults__ or ())[:-1], RUNS[name])
 
 
 def index(
@@ -89,7 +170,7 @@ def index(
     uri = tracking_uri(tracking)
     maker = Maker(pin_model(model, uri), uri, ShardIndex.read(shards).settings)
     folder = resolve_model(maker.model, uri)
-    with ray_running(), tqdm(unit="clip", desc="index") as bar:
+    with ray_running(), tqdm(unit="clip", desc="index", **_calm()) as bar:
         for done, bar.total in index_shards(folder, maker, shards, index, split, batch, gpus):
             bar.update(done - bar.n)
     print(f"{index}: tokens of {bar.n} clips by {maker.model}")
@@ -151,10 +232,15 @@ def serve(
         threading.Event().wait()
 
 
+def _calm() -> dict[str, Any]:
+    """A progress bar redraws itself on a terminal, and adds a line now and then to a file."""
+    return {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 30}
+
+
 CONTENTS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"demo": demo},
-    "Corpora": {"corpus": corpus},
-    "Training": {},
+    "Corpora": {"corpus": corpus, "shard": shard},
+    "Training": {"train": train},
     "Search": {"index": index, "search": search, "serve": serve},
 }
 
@@ -170,12 +256,17 @@ def main() -> None:
     name, *rest = args
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
-        print(f"hbi: no command {name!r}{f': did you mean {near[0]!r}?' if near else ''} (hbi --help)", file=sys.stderr)
+        print(
+            f"hbi: no command {name!r}{f': did you mean {near[0]!r}?' if near else ''} (hbi --help)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     _end_on_signal()
     status = 1
     try:
-        tyro.cli(_with_run(commands[name], rest), args=rest, prog=f"hbi {name}")
+        if name == "train":
+            _set_from(rest)
+        tyro.cli(commands[name], args=rest, prog=f"hbi {name}")
         status = 0
     except KeyboardInterrupt:
         print(f"hbi {name}: interrupted", file=sys.stderr)
@@ -197,13 +288,19 @@ def contents() -> str:
     lines = ["hbi: video-language representation learning with Hierarchical Banzhaf Interaction"]
     for title, commands in CONTENTS.items():
         lines += ["", title]
-        lines += [f"  {name:15} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
-    return "\n".join([*lines, "", "`hbi COMMAND --help` has the flags and an example; --debug shows tracebacks."])
+        lines += [
+            f"  {name:15} {(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
+        ]
+    return "\n".join(
+        [*lines, "", "`hbi COMMAND --help` has the flags and an example; --debug shows tracebacks."]
+    )
 
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line. Ray wraps a worker's error: the innermost one is the user's."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(cause, BaseException):
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(
+        cause, BaseException
+    ):
         error = cause
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if isinstance(error, ValueError) or (isinstance(error, OSError) and text):

@@ -1,5 +1,6 @@
 """Ray, started quietly where it is not running and stopped by whoever started it."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ def ray_running() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Workers inherit it; their working directory is not the project's.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    )
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -62,7 +62,9 @@ def encode_video(model: HBI, images: Num[np.ndarray, "batch frames h w 3"]) -> T
     video = torch.from_numpy(images).to(device)
     mask = torch.ones(video.shape[:2], dtype=torch.bool, device=device)
     tokens, logits, mask = model.video_levels(model.encode_video(video, mask), mask)["entity"]
-    return Tokens(torch.nn.functional.normalize(tokens, dim=-1).half().cpu(), logits.float().cpu(), mask.cpu())
+    return Tokens(
+        torch.nn.functional.normalize(tokens, dim=-1).half().cpu(), logits.float().cpu(), mask.cpu()
+    )
 
 
 @torch.inference_mode()
@@ -73,7 +75,10 @@ def encode_query(model: HBI, tokenizer: Any, text: str) -> tuple[Tokens, list[st
     ids, mask = ids[:, : int(mask.sum())].to(device), mask[:, : int(mask.sum())].to(device)
     words, _ = model.encode_text(ids, mask)
     tokens = model.text_levels(words, mask)["entity"]
-    written = [tokenizer.convert_tokens_to_string([t]).strip() for t in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+    written = [
+        tokenizer.convert_tokens_to_string([t]).strip()
+        for t in tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    ]
     return Tokens(*(part.cpu() for part in tokens)), written
 
 
@@ -86,7 +91,9 @@ class PartWriter:
     def write(self, name: str, tokens: Tokens, videos: Sequence[Video]) -> dict[str, Any]:
         """One part, `name` unique in the index; returns its row for `finish`."""
         lines = "".join(json.dumps(asdict(video)) + "\n" for video in videos)
-        storage.write_bytes(storage.join(self.folder, f"{name}.jsonl"), lines.encode("utf-8", "surrogateescape"))
+        storage.write_bytes(
+            storage.join(self.folder, f"{name}.jsonl"), lines.encode("utf-8", "surrogateescape")
+        )
         arrays = {key: value.contiguous() for key, value in tokens._asdict().items()}
         storage.write_bytes(storage.join(self.folder, f"{name}.safetensors"), save(arrays))
         return {"name": name, "videos": len(videos)}
@@ -136,7 +143,9 @@ class TokenIndex:
         if missing := gone - {video.id for video in self.videos}:
             raise KeyError(min(missing))
         keep = [i for i, video in enumerate(self.videos) if video.id not in gone]
-        return replace(self, tokens=Tokens(*(part[keep] for part in self.tokens)), videos=[self.videos[i] for i in keep])
+        return replace(
+            self, tokens=Tokens(*(part[keep] for part in self.tokens)), videos=[self.videos[i] for i in keep]
+        )
 
     def plus(self, tokens: Tokens, videos: Sequence[Video]) -> "TokenIndex":
         """The index with more videos; one whose id it held already is replaced."""
@@ -153,9 +162,12 @@ class TokenIndex:
         if len(self.videos) > POOLED_ABOVE:
             pooled = self._pooled() @ _pool(query)[0]
             chosen = pooled.topk(min(max(candidates, k), len(self.videos))).indices
-        scores = weighted_similarity(query, Tokens(*(part[chosen].to(query.tokens.dtype) for part in self.tokens[:2]), self.tokens.mask[chosen]))[0]
+        tokens, logits, mask = (part[chosen] for part in self.tokens)
+        scores = weighted_similarity(query, Tokens(tokens.to(query.tokens.dtype), logits, mask))[0]
         best = scores.topk(min(k, len(chosen)))
-        return [(float(s), self.videos[int(chosen[i])]) for s, i in zip(best.values, best.indices, strict=True)]
+        return [
+            (float(s), self.videos[int(chosen[i])]) for s, i in zip(best.values, best.indices, strict=True)
+        ]
 
     @torch.inference_mode()
     def explain(self, query: Tokens, id: str) -> tuple[Float[Tensor, "words frames"], Video]:
@@ -166,7 +178,9 @@ class TokenIndex:
         tokens, logits, mask = (part[position : position + 1] for part in self.tokens)
         words = torch.nn.functional.normalize(query.tokens.float(), dim=-1)
         similarity = words @ tokens.float().transpose(1, 2)
-        return exact_interaction(similarity, query.logits.float(), logits.float(), query.mask, mask)[0], self.videos[position]
+        return exact_interaction(similarity, query.logits.float(), logits.float(), query.mask, mask)[
+            0
+        ], self.videos[position]
 
     def _pooled(self) -> Float[Tensor, "videos dim"]:
         """One vector a video, made at the first search and kept."""

@@ -1,7 +1,6 @@
 """The Ray Serve application: a sentence in, ranked videos out, and the reason for each; with the page at `/`."""
 
 import asyncio
-import io
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +8,16 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, Response
-from PIL import Image
 from pydantic import BaseModel, Field
 from ray import serve
 
 from infra import storage
 from infra.index import TokenIndex, Video, encode_query, encode_video
+from model.frames import from_jpegs
+from model.text import load_tokenizer
 from model.weights import load_model
+from pipelines.child import Decoder
+from pipelines.decode import Clip
 
 api = FastAPI(title="hbi", description="Text-to-video search by Hierarchical Banzhaf Interaction.")
 APP_NAME = "hbi"
@@ -74,8 +76,6 @@ class Search:
     """One replica: the model, the tokenizer and the index in memory."""
 
     def __init__(self, model_folder: str, index_folder: str) -> None:
-        from model.text import load_tokenizer
-
         self.model = load_model(model_folder).eval()
         self.tokenizer = load_tokenizer(model_folder)
         self.index = TokenIndex.open(index_folder)
@@ -150,14 +150,11 @@ class Search:
         """The search page."""
         return HTMLResponse((Path(__file__).parent / "page" / "index.html").read_text())
 
-    def _decode(self, request: NewVideo) -> tuple[np.ndarray, Any]:
+    def _decode(self, request: NewVideo) -> tuple[np.ndarray, Clip]:
         """The clip cut as the shards were, through the same JPEG: its tokens equal those of a sharded clip."""
-        from pipelines.decode import Decoder
-
-        settings = self.index.maker.shards
-        with Decoder.of_settings(settings) as decoder:
+        with Decoder.of_settings(self.index.maker.shards) as decoder:
             clip = decoder.decode(storage.read_bytes(request.video), request.start, request.end)
-        return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in clip.frames]), clip
+        return from_jpegs(clip.jpegs), clip
 
 
 def _unknown(id: str) -> HTTPException:
@@ -171,7 +168,9 @@ def free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"--port {port}: cannot listen on {host} ({error}): choose another --port") from None
+            raise ValueError(
+                f"--port {port}: cannot listen on {host} ({error}): choose another --port"
+            ) from None
 
 
 def start(model_folder: str, index_folder: str, host: str = "127.0.0.1", port: int = 8000) -> str:

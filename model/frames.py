@@ -3,6 +3,8 @@
 Light on purpose (numpy and Pillow): decode processes start from it. torch is imported where it is used.
 """
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +93,11 @@ def fit(image: np.ndarray, size: int, pixel_aspect: float = 1.0) -> np.ndarray:
     )
     picture = Image.fromarray(image)
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def from_jpegs(jpegs: Sequence[bytes]) -> np.ndarray:
+    """The frames of a sample as uint8 [frames, height, width, 3]; OSError for one that is no whole JPEG."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
 
 
 def normalise(video: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-defined]

@@ -38,7 +38,13 @@ class EmbedShard:
 
 
 def index_shards(
-    model_folder: str, maker: Maker, shards: str, out: str, split: str | None = None, batch: int = 32, gpus: int = 0
+    model_folder: str,
+    maker: Maker,
+    shards: str,
+    out: str,
+    split: str | None = None,
+    batch: int = 32,
+    gpus: int = 0,
 ) -> Iterator[tuple[int, int]]:
     """Builds the index `out` of one split, or of all; yields videos done and in all. Needs Ray to be running.
 
@@ -56,7 +62,7 @@ def index_shards(
     parts = []
     done, total = 0, sum(shard.samples for shard in wanted)
     embedded = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        EmbedShard,
+        EmbedShard,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
         fn_constructor_args=(model_folder, storage.absolute(out), batch, gpus > 0),
         concurrency=workers,
         num_cpus=1,

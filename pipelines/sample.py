@@ -4,7 +4,6 @@ A sample is one captioned clip: `<key>.json` (text and times) followed by `<key>
 time order. The key is the number of the clip's manifest row, so any `id`, whatever characters it holds, is safe.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from infra import storage
+from model.frames import from_jpegs
 
 INDEX_NAME = "index.json"
 FAILURES_NAME = "failures.jsonl"
@@ -57,7 +56,7 @@ class Sample:
 
     def images(self) -> np.ndarray:
         """The frames as uint8 [frames, height, width, 3]; raises OSError on a broken JPEG."""
-        return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in self.frames])
+        return from_jpegs(self.frames)
 
 
 def members_of(sample: Sample) -> list[tuple[str, bytes]]:

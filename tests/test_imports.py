@@ -10,7 +10,7 @@ ROOMS = ("model", "infra", "pipelines", "training")
 MAY_IMPORT = {
     "model": (),
     # The decoder is a leaf (it imports model.frames alone): serving and the model package read videos through it.
-    "infra": ("model", "pipelines.decode"),
+    "infra": ("model", "pipelines.decode", "pipelines.child"),
     "pipelines": ("model", "infra"),
     "training": ("model", "infra", "pipelines.sample"),
 }
@@ -18,7 +18,8 @@ ONLY_IN = {
     "ray": ("infra", "pipelines", "training/run.py", "training/checkpoint.py"),
     "mlflow": ("infra/registry.py", "infra/package.py", "training/tracking.py"),
     "s3fs": ("infra/storage.py",),
-    "decord": ("pipelines/decode.py",),
+    "decord": ("pipelines/decode.py", "pipelines/child.py"),
+    "av": ("pipelines/decode.py", "pipelines/child.py", "pipelines/corpus.py"),
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
