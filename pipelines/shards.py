@@ -13,7 +13,7 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +25,7 @@ from infra import storage
 from model.frames import FrameSettings
 from pipelines.child import Decoder
 from pipelines.decode import DecodeError
+from pipelines.filters import FilterSettings, Print, digest, look, reject
 from pipelines.plan import Plan, Unit, read_unit
 from pipelines.read import Row
 from pipelines.sample import FAILURES_NAME, INDEX_NAME, Sample, ShardInfo, members_of
@@ -53,11 +54,16 @@ class ShardSettings:
     clip_memory: int = 2048
     """MiB that the decoding of a clip may take."""
 
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    """Which clips are not wanted."""
+
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}, must be at least 1")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"jpeg_quality is {self.jpeg_quality}, must lie between 1 and 100")
+        if self.clip_memory < 64:
+            raise ValueError(f"clip_memory is {self.clip_memory}, must be at least 64 MiB")
         if self.clip_timeout <= 0:
             raise ValueError(f"clip_timeout is {self.clip_timeout}, must be above 0 seconds")
 
@@ -69,7 +75,15 @@ class ShardSettings:
             **frames,
             "jpeg_quality": self.jpeg_quality,
             "samples_per_shard": self.samples_per_shard,
+            "filters": {
+                name: value for name, value in asdict(self.filters).items() if value not in (None, False)
+            },
         }
+
+    @property
+    def compares(self) -> bool:
+        """Whether clips are compared with earlier ones."""
+        return self.filters.same or self.filters.near is not None
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,8 @@ class Record:
     """In manifest order."""
     clips: list[ClipFacts]
     """One a sample, in manifest order."""
+    prints: list[tuple[int, Print]] = field(default_factory=list)
+    """Where clips are compared with each other: one a sample, with the number of its row."""
 
     @staticmethod
     def parse(content: bytes) -> "Record":
@@ -125,12 +141,14 @@ class Record:
             record["rows"],
             [Failure(**failure) for failure in record["failures"]],
             [ClipFacts(*clip) for clip in record["clips"]],
+            [(row, Print(digest, hash)) for row, digest, hash in record["prints"]],
         )
 
     def json(self) -> bytes:
         """The inverse of `parse`."""
         content = asdict(self)
         content["clips"] = [list(clip.values()) for clip in content["clips"]]
+        content["prints"] = [[row, *found.values()] for row, found in content["prints"]]
         return json.dumps(content).encode()
 
 
@@ -147,26 +165,76 @@ def decoder(settings: ShardSettings) -> Decoder:
 # --- One shard ------------------------------------------------------------------------------------------------------
 
 
-def make_shard(out: str, unit: Unit, settings: ShardSettings, decoder: Decoder) -> Record:
-    """Decodes a unit's clips into its tar, puts it in place and records it. ShardError where nothing can be done."""
-    with tempfile.TemporaryDirectory(prefix=unit.name, dir=_spool(out)) as spool:
+def make_shard(
+    out: str, unit: Unit, settings: ShardSettings, decoder: Decoder, folder: str | None = None
+) -> Record:
+    """Decodes a unit's clips into its tar, puts it in place and records it. ShardError where nothing can be done.
+
+    out: where the plan lies, and the shard will, unless `folder` says otherwise.
+    """
+
+    def fill(stream: IO[bytes], spool: str) -> Record:
+        failures: list[Failure] = []
+        clips: list[ClipFacts] = []
+        prints: list[tuple[int, Print]] = []
+        rows = read_unit(out, unit)
+        with ShardWriter(stream) as writer:
+            for key, row, video in _fetched(rows, spool):
+                result = _sample(key, row, video, settings.filters, decoder)
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    continue
+                writer.add(result)
+                clips.append(facts_of(result))
+                if settings.compares and isinstance(video, str):
+                    prints.append((int(key), print_of(result.frames, video, row, settings.filters)))
+        if len(rows) > 2 and len(failures) == len(rows) and all(failure.passing for failure in failures):
+            raise storage.StorageError(failures[0].reason)
+        return Record(ShardInfo(unit.name, unit.split, len(clips), 0, ""), len(rows), failures, clips, prints)
+
+    return commit(out if folder is None else folder, unit.name, fill)
+
+
+def commit(folder: str, name: str, fill: Callable[[IO[bytes], str], Record]) -> Record:
+    """`fill(stream, spool folder)` writes a tar, which is then put in place, and recorded at last."""
+    with tempfile.TemporaryDirectory(prefix=name, dir=spool_of(folder)) as spool:
         tar = Path(spool) / "shard.tar"
         try:
             with tar.open("wb") as stream:
-                record = _fill(stream, read_unit(out, unit), unit, settings, decoder, spool)
+                record = fill(stream, spool)
             record = replace(record, shard=_describe(tar, record.shard))
             if record.shard.samples:
-                storage.put_file(str(tar), storage.join(out, unit.name), move=True)
-            storage.write_bytes(record_path(out, unit.name), record.json())
+                storage.put_file(str(tar), storage.join(folder, name), move=True)
+            storage.write_bytes(record_path(folder, name), record.json())
         except storage.StorageError as error:
             raise ShardError(f"{error}. Run again to go on from here") from error
         except OSError as error:
             if error.errno in OUT_IS_FULL:
                 raise ShardError(
-                    f"no space left for {unit.name} ({error.strerror}): free some and run again; finished shards stay"
+                    f"no space left for {name} ({error.strerror}): free some and run again; finished shards stay"
                 ) from error
-            raise ShardError(f"{unit.name} cannot be written to {out}: {error}") from error
+            raise ShardError(f"{name} cannot be written to {folder}: {error}") from error
     return record
+
+
+class ShardWriter:
+    """Samples into a tar; the same samples give the same bytes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tar.close()
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample. Headers hold nothing but name and size: no time, no owner."""
+        for name, content in members_of(sample):
+            header = tarfile.TarInfo(name)
+            header.size, header.mode = len(content), 0o644
+            self._tar.addfile(header, BytesIO(content))
 
 
 def record_path(out: str, shard: str) -> str:
@@ -174,39 +242,13 @@ def record_path(out: str, shard: str) -> str:
     return storage.join(out, DONE, f"{shard}.json")
 
 
-def _spool(out: str) -> str | None:
-    """A folder for unfinished tars: beside the output, so that putting one in place is a rename."""
-    if storage.is_remote(out):
+def spool_of(folder: str) -> str | None:
+    """A place for unfinished files: beside the output, so that putting one in place is a rename."""
+    if storage.is_remote(folder):
         return None
-    folder = storage.join(out, SPOOL)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _fill(
-    stream: IO[bytes],
-    rows: list[tuple[str, Row]],
-    unit: Unit,
-    settings: ShardSettings,
-    decoder: Decoder,
-    spool: str,
-) -> Record:
-    """Writes the samples of `rows` as a tar."""
-    failures: list[Failure] = []
-    clips: list[ClipFacts] = []
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, row, video in _fetched(rows, spool):
-            result = _sample(key, row, video, decoder)
-            if isinstance(result, Failure):
-                failures.append(result)
-                continue
-            for name, content in members_of(result):
-                tar.addfile(_member(name, len(content)), BytesIO(content))
-            clips.append(_facts(result))
-    if len(rows) > 2 and all(failure.passing for failure in failures) and len(failures) == len(rows):
-        raise storage.StorageError(failures[0].reason)
-    shard = ShardInfo(unit.name, unit.split, len(clips), 0, "")
-    return Record(shard, len(rows), failures, clips)
+    spool = storage.join(folder, SPOOL)
+    Path(spool).mkdir(parents=True, exist_ok=True)
+    return spool
 
 
 def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row, str | Failure]]:
@@ -253,14 +295,19 @@ def _fetch(row: Row, spool: str) -> str | Failure:
         return failure(f"cannot be read: {error}")
 
 
-def _sample(key: str, row: Row, video: str | Failure, decoder: Decoder) -> Sample | Failure:
-    """The sample of a row whose video lies at a local path, or its failure."""
+def _sample(
+    key: str, row: Row, video: str | Failure, filters: FilterSettings, decoder: Decoder
+) -> Sample | Failure:
+    """The sample of a row whose video lies at a local path, or why there is none."""
     if isinstance(video, Failure):
         return replace(video, key=key, id=row.id)
     try:
         clip = decoder.decode(video, row.start, row.end)
     except DecodeError as error:
         return Failure(key, row.id, row.video, "decode", " ".join(str(error).split()))
+    reason = reject(row, clip, look(clip.jpegs) if filters.looks else None, filters)
+    if reason is not None:
+        return Failure(key, row.id, row.video, "filter", reason)
     return Sample(
         key=key,
         id=row.id,
@@ -280,14 +327,16 @@ def _sample(key: str, row: Row, video: str | Failure, decoder: Decoder) -> Sampl
     )
 
 
-def _member(name: str, size: int) -> tarfile.TarInfo:
-    """A tar header that depends on nothing but name and size."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
-    return info
+def print_of(jpegs: list[bytes], video: str, row: Row, filters: FilterSettings) -> Print:
+    """By what a sample is recognised, as far as the filters ask."""
+    return Print(
+        digest(video, row.start, row.end) if filters.same else "",
+        look(jpegs).hash if filters.near is not None else "",
+    )
 
 
-def _facts(sample: Sample) -> ClipFacts:
+def facts_of(sample: Sample) -> ClipFacts:
+    """What the summary and the report say of a sample."""
     words = len(sample.captions[0].split()) if sample.captions else 0
     return ClipFacts(
         round(sample.end - sample.start, 6), sample.fps, sample.width, sample.height, words, sample.decoder
@@ -322,18 +371,25 @@ def read_records(out: str, names: list[str]) -> Iterator[tuple[str, Record | Non
             yield from zip(batch, readers.map(read, batch), strict=True)
 
 
-def unfinished(out: str, plan: Plan) -> Iterator[tuple[Unit, Record | None]]:
-    """Every unit with the record of its finished shard, or None where it is to be made."""
-    there = storage.list_sizes(out)
-    recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(out, DONE))}
-    by_name = {unit.name: unit for unit in plan.units}
-    kept = [unit.name for unit in plan.units if f"{unit.name}.json" in recorded]
-    for name, record in read_records(out, kept):
+def unfinished(folder: str, units: list[Unit], tars: bool = True) -> Iterator[tuple[Unit, Record | None]]:
+    """Every unit with the record of its finished shard in `folder`, or None where it is to be made.
+
+    tars: whether the tar must be there, as long as recorded; False asks for its record only.
+    """
+    there = storage.list_sizes(folder)
+    recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(folder, DONE))}
+    by_name = {unit.name: unit for unit in units}
+    kept = [unit.name for unit in units if f"{unit.name}.json" in recorded]
+    for name, record in read_records(folder, kept):
         unit = by_name.pop(name)
         whole = (
             record is not None
             and record.rows == unit.rows
-            and (not record.shard.samples or there.get(storage.join(out, name)) == record.shard.bytes)
+            and (
+                not tars
+                or not record.shard.samples
+                or there.get(storage.join(folder, name)) == record.shard.bytes
+            )
             and not any(failure.passing for failure in record.failures)
         )
         yield unit, record if whole else None
@@ -349,7 +405,7 @@ def write_index(out: str, plan: Plan) -> Iterator[Record]:
     names = sorted(unit.name for unit in plan.units)
     shards: list[dict[str, Any]] = []
     samples = failed = 0
-    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=_spool(out)) as folder:
+    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=spool_of(out)) as folder:
         spool = Path(folder) / FAILURES_NAME
         with spool.open("wb") as stream:
             for name, record in read_records(out, names):

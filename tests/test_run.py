@@ -18,6 +18,7 @@ from test_shards import SETTINGS, everything, make
 from pipelines import run, shards
 from pipelines.sample import read_shard
 from pipelines.shards import ShardError
+from pipelines.summary import kind_of
 from s3 import Fault, object_storage
 
 # Ray Data warns of its own settings when it sends them to its workers.
@@ -74,10 +75,10 @@ def test_the_summary_counts_by_reason(ray_session: None, tmp_path: Path):
 
 
 def test_reasons_are_grouped_without_their_particulars():
-    assert run.kind_of("s3://b/k.mp4: storage kept failing, 6 tries") == run.kind_of(
+    assert kind_of("s3://b/k.mp4: storage kept failing, 6 tries") == kind_of(
         "s3://b/l.mp4: storage kept failing, 5 tries"
     )
-    assert run.kind_of("short 0.25 s") == run.kind_of("short 3 s") != run.kind_of("long 3 s")
+    assert kind_of("short 0.25 s") == kind_of("short 3 s") != kind_of("long 3 s")
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path: Path):

@@ -20,7 +20,7 @@ from clips import video, write_clips, write_manifest
 from infra import storage
 from model.frames import FrameSettings
 from pipelines import shards
-from pipelines.decode import Decoder
+from pipelines.child import Decoder
 from pipelines.plan import plan
 from pipelines.sample import Sample, ShardIndex, read_shard
 from pipelines.shards import Failure, ShardError, ShardSettings, make_shard, unfinished, write_index
@@ -40,7 +40,7 @@ def make(
 ) -> list[shards.Record]:
     """What `run.shard` does, one shard after the other: the obvious reference."""
     planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
-    for unit, record in list(unfinished(out, planned)):
+    for unit, record in list(unfinished(out, planned.units)):
         if record is None:
             make_shard(out, unit, settings, decoder)
     return list(write_index(out, planned))
