@@ -13,8 +13,9 @@ from typing import IO
 from infra import storage
 from pipelines.filters import FilterSettings, Print, duplicates
 from pipelines.plan import Plan, Unit
+from pipelines.records import Failure, Record, read_records
 from pipelines.sample import ShardInfo, read_shard
-from pipelines.shards import Failure, Record, ShardWriter, commit, facts_of, read_records
+from pipelines.shards import ShardWriter, commit, facts_of
 
 FIRST = ".first"
 

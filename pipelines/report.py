@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from infra import storage
+from pipelines.records import Failure, Record
 from pipelines.sample import FAILURES_NAME, Sample, read_shard
-from pipelines.shards import Failure, Record
 
 SHEETS = 12
 """Shards of which clips are shown, spread evenly over the folder."""

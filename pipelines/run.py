@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from infra import storage
 from infra.cluster import ray_running
-from pipelines import repeats, shards
+from pipelines import records, repeats
 from pipelines.plan import FOLDER, Plan, Unit, plan
+from pipelines.records import unfinished
 from pipelines.report import Page
-from pipelines.shards import ShardSettings, unfinished
+from pipelines.shards import ShardSettings
 from pipelines.summary import Summary
 from pipelines.tasks import Done, make_shards, thin_shards
 
@@ -50,7 +51,7 @@ def shard(
                 _make(out, planned, missing, settings)
                 summary.work_seconds = time.monotonic() - clock
         page = Page()
-        for record in shards.write_index(out, planned):
+        for record in records.write_index(out, planned):
             summary.add(record)
             page.add(record)
         if report is not None:
@@ -120,4 +121,4 @@ def _alone(out: str) -> Iterator[None]:
 def _sweep(out: str) -> None:
     """Removes unfinished files."""
     for folder in (out, storage.join(out, repeats.FIRST)):
-        shutil.rmtree(storage.join(folder, shards.SPOOL), ignore_errors=True)
+        shutil.rmtree(storage.join(folder, records.SPOOL), ignore_errors=True)

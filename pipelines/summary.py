@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from infra import storage
+from pipelines.records import Record
 from pipelines.sample import FAILURES_NAME
-from pipelines.shards import Record
 
 REASONS = 1000
 """Most kinds of failure that are counted apart."""

@@ -13,8 +13,9 @@ from typing import Any
 from pipelines import shards
 from pipelines.child import Decoder
 from pipelines.plan import Unit
+from pipelines.records import Record
 from pipelines.repeats import thin_shard
-from pipelines.shards import Record, ShardError, ShardSettings
+from pipelines.shards import ShardError, ShardSettings
 
 WAVE = 2000
 """Shards given to Ray Data at once: what the driver holds does not grow with the corpus."""

@@ -22,8 +22,9 @@ from model.frames import FrameSettings
 from pipelines import shards
 from pipelines.child import Decoder
 from pipelines.plan import plan
+from pipelines.records import Failure, Record, unfinished, write_index
 from pipelines.sample import Sample, ShardIndex, read_shard
-from pipelines.shards import Failure, ShardError, ShardSettings, make_shard, unfinished, write_index
+from pipelines.shards import ShardError, ShardSettings, make_shard
 from s3 import Fault, ObjectStorage, object_storage
 
 SETTINGS = ShardSettings(FrameSettings(count=3, size=32), samples_per_shard=6)
@@ -35,9 +36,7 @@ def decoder() -> Iterator[Decoder]:
         yield running
 
 
-def make(
-    manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS
-) -> list[shards.Record]:
+def make(manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS) -> list[Record]:
     """What `run.shard` does, one shard after the other: the obvious reference."""
     planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
     for unit, record in list(unfinished(out, planned.units)):
