@@ -121,7 +121,7 @@ class Largest(TorchDispatchMode):
 
     entries = 0
 
-    def __torch_dispatch__(self, operation: Callable, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, operation: Callable, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         made = result if isinstance(result, tuple | list) else [result]
         self.entries = max([self.entries, *(t.numel() for t in made if isinstance(t, Tensor))])

@@ -180,9 +180,8 @@ def test_shards_written_by_webdataset_are_read(tmp_path: Path) -> None:
 def test_a_truncated_shard_gives_what_is_whole_and_counts_the_rest(tmp_path: Path) -> None:
     index = make_shards(tmp_path, train=[6, 6])
     path = tmp_path / "train-000001.tar"
-    content, ends = path.read_bytes(), []
-    for entry in scan(str(path)):
-        ends.append(max(offset + length for offset, length in entry.members.values()))
+    content = path.read_bytes()
+    ends = [max(offset + length for offset, length in entry.members.values()) for entry in scan(str(path))]
     for cut in range(0, len(content), 1536):  # at members' borders and inside them
         path.write_bytes(content[:cut])
         whole = sum(end <= cut for end in ends)

@@ -158,10 +158,11 @@ def write_checkpoint(
 ) -> None:
     """Fills a folder. Collective: every rank takes part, the first writes. data: the digest of the shards."""
     tensors = state.snapshot()
+    if state.place.first:  # before the average takes the live weights' place: on a CPU these are not copies
+        save_file(tensors, folder / TRAINING)
     with state.served() as model:
         if state.place.first:
             save_model(model, folder, tokenizer)
-            save_file(tensors, folder / TRAINING)
             about = {"progress": progress.to_dict(), "config": json.loads(config.to_json()), "data": data}
             (folder / STATE).write_text(json.dumps(about, indent=2))
 

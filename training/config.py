@@ -111,11 +111,19 @@ class EvaluateSettings:
     every_epochs: int = 1
     """Epochs between evaluations; the last epoch is always evaluated. 0 never evaluates."""
     select: str = "val"
-    """The split on which the best checkpoint is chosen. Where it is "test", metrics say "selected-on-test"."""
+    """The split on which the best checkpoint is chosen. Its metrics are called "selected-on-test" where it is test."""
     final: tuple[str, ...] = ("val", "test")
     """The splits on which the chosen checkpoint is measured at the end; those that the shards lack are passed over."""
     batch: int = 64
     """Clips encoded at once."""
+    chunk: int = 256
+    """Texts and videos compared at once."""
+    rates: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    """Weights of the entity, action and event levels in the score; published: the entity level alone."""
+    dsl: bool = False
+    """Also the metrics with dual softmax."""
+    qbnorm: int = 0
+    """Also the metrics with QB-Norm, its bank so many training clips."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.hbi import HBI, Encoded
 from model.text import tokenize
-from model.weights import build_model
+from model.weights import build_model, load_estimator
 from pipelines.sample import ShardIndex
 from training.checkpoint import (
     Checkpoints,
@@ -42,8 +42,8 @@ class Hooks:
     """Gets lines of progress, on the first rank."""
     track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
     """Gets metrics and their step, on the first rank. Must not block."""
-    evaluate: Callable[[HBI, str], dict[str, float]] | None = None
-    """Metrics of a model on a split. All ranks call it."""
+    evaluate: Callable[[HBI, str], dict[str, float]] = lambda model, split: {}
+    """Metrics of a model on a split, none where there is no such split. All ranks call it."""
     ending: Callable[[], bool] = lambda: False
     """Whether this machine is about to be taken away. All ranks call it."""
 
@@ -60,16 +60,14 @@ class Training:
         place: Place,
         hooks: Hooks,
     ):
-        check_shards(index, config.model)
-        self.config, self.tokenizer, self.checkpoints, self.place, self.hooks = (
-            config,
-            tokenizer,
-            checkpoints,
-            place,
-            hooks,
-        )
         torch.manual_seed(config.seed)
         self.model = build_model(config.model)
+        # A backbone brings its own sizes: from here on the configuration says what is there.
+        self.config = config = replace(config, model=self.model.config)
+        check_shards(index, config.model)
+        if config.estimator:
+            self.model.estimator = load_estimator(config.estimator)
+        self.tokenizer, self.checkpoints, self.place, self.hooks = tokenizer, checkpoints, place, hooks
         self.wrapped = parallelize(self.model, place, config.compute)
         if config.compute.compile:
             self.model.compile()
@@ -234,9 +232,7 @@ class Training:
     def evaluate(self) -> None:
         """Measures the served model on the split by which the best checkpoint is chosen, where it is due."""
         settings, epoch = self.config.evaluate, self.progress.position.epoch
-        if self.hooks.evaluate is None or not settings.every_epochs:
-            return
-        if epoch % settings.every_epochs and not self.over():
+        if not settings.every_epochs or (epoch % settings.every_epochs and not self.over()):
             return
         with self.meter.paused(), self.state.served() as model:
             model.eval()

@@ -1,6 +1,7 @@
 """A training run on a Ray cluster: `TorchTrainer` around the loop, and the model that comes out of it."""
 
 import contextlib
+import json
 import os
 import queue
 import tempfile
@@ -15,17 +16,20 @@ import torch
 from infra import storage
 from infra.cluster import ray_running
 from infra.registry import log_and_register, tracking_uri
+from model.hbi import HBI
 from model.text import load_tokenizer, train_tokenizer
 from model.weights import load_model
 from pipelines.sample import ShardIndex
 from training.checkpoint import STATE, TRAINING, Checkpoints, fetched
 from training.config import TrainConfig
 from training.data import captions_of, check_shards
+from training.evaluate import EvalProtocol, evaluate
+from training.figures import recall_figure, similarity_figure
 from training.loop import Hooks, Stopped, Training
 from training.parallel import Place
 from training.tracking import Tracker, lineage
 
-CONFIG, RUN_ID, TOKENIZER, MODEL = "config.json", "run-id.txt", "tokenizer", "model"
+CONFIG, RESULT, RUN_ID, TOKENIZER, MODEL = "config.json", "result.json", "run-id.txt", "tokenizer", "model"
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,39 @@ def train(config: TrainConfig, data: str, out: str, tracking: str | None = None)
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
     index = ShardIndex.read(data)
-    index.of_split(config.data.split)
-    config = _with_tokenizer(config, index, out)
-    with ray_running(), _lines(print) as line_queue:
-        job = Job(config, data, out, uri, line_queue)
-        answer = _run_on_ray(job)
+    config = with_tokenizer(config, index, out)
+    finished = _finished(config, out)
+    if finished is not None:
+        print(f"{out}: this run is finished; give another --out to train anew")
+        return finished
+    storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
+    with ray_running(), _lines(print) as lines:
+        answer = _run_on_ray(Job(config, data, out, uri, lines))
     if isinstance(answer, str):
         raise ValueError(answer)
     metrics, run_id = answer
-    folder = storage.join(out, MODEL)
-    version = None
+    folder, version = storage.join(out, MODEL), None
     if run_id and config.tracking.register:
         with fetched(folder) as local:
             alias = config.tracking.alias or None
             version = log_and_register(local, run_id, uri, metrics=metrics, tags=lineage(data), alias=alias)
-    return TrainResult(folder, metrics, run_id, version)
+    result = TrainResult(folder, metrics, run_id, version)
+    storage.write_bytes(storage.join(out, RESULT), json.dumps(asdict(result), indent=2).encode())
+    return result
 
 
-def _with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainConfig:
+def _finished(config: TrainConfig, out: str) -> TrainResult | None:
+    """What an earlier call with the same configuration gave, if it came to its end."""
+    try:
+        same = TrainConfig.from_json(storage.read_bytes(storage.join(out, CONFIG)).decode()) == config
+        return TrainResult(**json.loads(storage.read_bytes(storage.join(out, RESULT)))) if same else None
+    except FileNotFoundError:
+        return None
+
+
+def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainConfig:
     """The configuration with its tokenizer's vocabulary; the captions give the tokenizer where no backbone has one."""
+    index.of_split(config.data.split)
     if config.model.backbone:
         return config
     check_shards(index, config.model)
@@ -184,27 +202,27 @@ def work(settings: dict[str, Any]) -> Any:
             hooks = Hooks(
                 say=lambda line: job.lines.actor.put_nowait.remote(line),
                 track=tracker.metrics,
-                evaluate=lambda model, split: {},
+                evaluate=evaluation(config, job.data, job.out, place, tracker),
                 ending=lambda: ray.train.get_preemption_info() is not None,
             )
-            return run(config, job.data, job.out, place, hooks), tracker.run_id or None
+            metrics = run(config, job.data, job.out, place, hooks)
+            return metrics, tracker.run_id or None
     except Stopped as stopped:
         return str(stopped)
 
 
 def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) -> dict[str, float]:
     """The whole run on this rank, with Ray and without: trains, then measures the best model and puts it in place."""
-    index = ShardIndex.read(data)
-    with fetched(config.model.backbone or storage.join(out, TOKENIZER)) as folder:
-        tokenizer = load_tokenizer(folder)
     checkpoints = Checkpoints(
         storage.join(out, "checkpoints"),
         config.checkpoint.keep,
-        f"{config.evaluate.select}/{config.checkpoint.metric}",
+        f"{_called(config, config.evaluate.select)}/{config.checkpoint.metric}",
         place,
     )
     try:
-        training = Training(config, index, tokenizer, checkpoints, place, hooks)
+        training = Training(
+            config, ShardIndex.read(data), tokenizer_of(config, out), checkpoints, place, hooks
+        )
     except ValueError as error:  # of settings, shards or checkpoints: the same on all ranks
         raise Stopped(str(error)) from error
     training.fit()
@@ -214,8 +232,10 @@ def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) ->
     with fetched(best) as folder:
         model = load_model(folder).to(place.device)
         for split in config.evaluate.final:
-            metrics |= hooks.evaluate(model, split) if hooks.evaluate else {}
+            metrics |= hooks.evaluate(model, split)
         if place.first:
+            if metrics:
+                hooks.track(metrics, training.progress.step)
             names = {file.name for file in folder.iterdir()} - {STATE, TRAINING}
             for name in sorted(
                 names, key=lambda name: name == CONFIG
@@ -223,6 +243,45 @@ def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) ->
                 storage.put_file(str(folder / name), storage.join(out, MODEL, name))
     place.wait()
     return metrics
+
+
+def tokenizer_of(config: TrainConfig, out: str) -> Any:
+    """The backbone's tokenizer, or the one made of the captions."""
+    if config.model.backbone:
+        return load_tokenizer(config.model.backbone)
+    with fetched(storage.join(out, TOKENIZER)) as folder:
+        return load_tokenizer(folder)
+
+
+def evaluation(
+    config: TrainConfig, data: str, out: str, place: Place, tracker: Tracker
+) -> Callable[[HBI, str], dict[str, float]]:
+    """Measures a model on a split of the shards, on all ranks, and draws what it found on the first."""
+    index, tokenizer, settings = ShardIndex.read(data), tokenizer_of(config, out), config.evaluate
+    have = {shard.split for shard in index.shards if shard.samples}
+    protocol = EvalProtocol(
+        config.data.paragraph, settings.rates, settings.dsl, settings.qbnorm, settings.batch, settings.chunk
+    )
+
+    def measure(model: HBI, split: str) -> dict[str, float]:
+        if split not in have:
+            return {}
+        try:
+            result = evaluate(model, tokenizer, index, split, protocol, place)
+        except ValueError as error:  # of the split: the same on all ranks
+            raise Stopped(str(error)) from error
+        called = _called(config, split)
+        if place.first:
+            tracker.figure(f"{called}-similarity", similarity_figure(result, called))
+            tracker.figure(f"{called}-recall", recall_figure(result, called))
+        return {name.replace(split, called, 1): value for name, value in result.metrics.items()}
+
+    return measure
+
+
+def _called(config: TrainConfig, split: str) -> str:
+    """What metrics of a split are called: a choice made on the test split must show."""
+    return f"selected-on-{split}" if split == config.evaluate.select == "test" else split
 
 
 @contextlib.contextmanager
