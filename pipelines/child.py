@@ -36,6 +36,8 @@ START_SECONDS = 60.0
 HEADER = struct.Struct("<IQ")
 """Lengths of the JSON and of the bytes that follow it."""
 MIB = 1 << 20
+WATCH_SECONDS = 0.025
+"""How often the memory of a busy child is looked at."""
 CUT_SIDE = 256
 """Long side in pixels of the frames in which cuts are looked for."""
 
@@ -218,8 +220,8 @@ class _Child:
             left = limit - time.monotonic()
             if left <= 0:
                 raise self._over(f"decoding ran past the time limit of {timeout:g} s")
-            events = poll.poll(min(left, 0.1) * 1000)
-            if not events and self.resident() > self.idle + self.memory:
+            events = poll.poll(min(left, WATCH_SECONDS) * 1000)
+            if not events and self.idle and self.resident() > self.idle + self.memory:
                 raise self._over(f"decoding took more than the memory limit of {self.memory // MIB} MiB")
             for descriptor, event in events:
                 if descriptor == self._to.fileno():
@@ -381,11 +383,16 @@ def _send(replies: IO[bytes], reply: dict[str, Any], body: bytes = b"") -> None:
 
 
 def _limit(memory: int) -> None:
-    """Address space: what is mapped now, and `memory` more. No core files; no large files on disk."""
+    """No core files, no large files on disk, and address space for more than twice `memory`.
+
+    The parent watches the memory that is really used, and says so; this is the wall behind it, for what grows faster
+    than it looks.
+    """
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
     with contextlib.suppress(OSError, ValueError):
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+        wall = mapped + 2 * memory + 256 * MIB
+        resource.setrlimit(resource.RLIMIT_AS, (wall, wall))

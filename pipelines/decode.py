@@ -104,6 +104,18 @@ PLAYLISTS = {
     b"<ASX": "an ASX playlist",
     b"[Reference]": "an ASF redirector",
 }
+KNOWN = (
+    b"\x1aE\xdf\xa3",
+    b"RIFF",
+    b"FLV",
+    b"OggS",
+    b"GIF8",
+    b"\0\0\1",
+    b"\0\0\0\1",
+    b"0&\xb2u",
+    b"\xff\xd8\xff",
+)
+"""How video files begin: Matroska, AVI, FLV, Ogg, GIF, MPEG, H.264 and HEVC, ASF, MJPEG."""
 NOT_VIDEOS = {
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive",
@@ -168,7 +180,7 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     try:
         container = av.open(source, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise DecodeError(f"not a video that can be read: {failed(error)}") from error
+        raise DecodeError(_why_unreadable(source, head, size, failed(error))) from error
     try:
         stream = cast("VideoStream | None", container.streams.best("video"))
         if stream is None:
@@ -180,6 +192,27 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
         yield cast("InputContainer", container), stream
     finally:
         container.close()
+
+
+def _why_unreadable(source: BinaryIO, head: bytes, size: int, said: DecodeError) -> str:
+    """Why FFmpeg could not open a file, in more words than "invalid data"."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        # Top-level boxes of mp4: the index (moov) says where the frames are.
+        place = 0
+        while place + 8 <= size:
+            source.seek(place)
+            box = source.read(16)
+            length = int.from_bytes(box[:4])
+            length = int.from_bytes(box[8:16]) if length == 1 else length or size - place
+            if length < 8 or place + length > size:
+                return f"an incomplete mp4 file: it breaks off after {size} bytes"
+            if box[4:8] == b"moov":
+                return f"a damaged mp4 file: its index (moov) cannot be read ({said})"
+            place += length
+        return "an incomplete mp4 file: its index (moov) is missing"
+    if any(head.startswith(magic) for magic in KNOWN) or head[188:189] == b"G":
+        return f"a damaged or incomplete video file: nothing in it can be read ({said})"
+    return f"not a video: its first bytes are of no known video format ({said})"
 
 
 def _check_size(width: int, height: int) -> None:
