@@ -168,9 +168,7 @@ def folder_manifest(folder: str, out: str) -> int:
     folder = storage.absolute(folder)
     files = [path for path in storage.list_files(folder, recursive=True) if _looks_like_video(path)]
     if not files:
-        raise ValueError(
-            f"{folder}: no videos in it (looked for {', '.join(sorted(VIDEO_EXTENSIONS)[:8])}, …)"
-        )
+        raise ValueError(f"{folder}: no videos in it (*.mp4, *.mkv, *.webm, *.avi, *.mov and their like)")
     below = [path[len(folder.rstrip("/")) + 1 :] for path in files]
     bare = [os.path.splitext(path)[0] for path in below]  # noqa: PTH122 (any bytes that a name may hold)
     uses = Counter(bare)
