@@ -1,5 +1,6 @@
 """Groups, learning rates and the running average against what their formulas say."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -33,7 +34,7 @@ def test_the_schedule_rises_falls_and_does_not_depend_on_epochs() -> None:
     shares = [schedule(step, 100, warmup=0.1, floor=0.0) for step in range(100)]
     assert shares[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert shares[10] == pytest.approx(1.0) and max(shares) == pytest.approx(1.0)
-    assert all(later < earlier for earlier, later in zip(shares[10:], shares[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(shares[10:]))
     assert shares[55] == pytest.approx((1 + math.cos(math.pi * 0.5)) / 2)
     assert schedule(100, 100, 0.1, 0.0) == schedule(150, 100, 0.1, 0.0) == pytest.approx(0.0, abs=1e-12)
     assert schedule(100, 100, 0.1, 0.2) == pytest.approx(0.2)

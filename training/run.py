@@ -46,11 +46,17 @@ class TrainResult:
     """The version that the registry gave the model."""
 
 
-def train(config: TrainConfig, data: str, out: str, tracking: str | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    data: str,
+    out: str,
+    tracking: str | None = None,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> TrainResult:
     """Trains on the shards `data` and leaves everything in the folder `out`; goes on where an earlier call stopped.
 
     data, out: local or s3://; on a cluster of several machines, a folder that all of them see. tracking: the MLflow
-    store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db). say: gets lines of progress.
 
     Raises ValueError, in one line, where the shards, the checkpoints in `out` or the settings do not fit, where the
     loss is not finite, and where too much of the data cannot be read.
@@ -61,10 +67,10 @@ def train(config: TrainConfig, data: str, out: str, tracking: str | None = None)
     config = with_tokenizer(config, index, out)
     finished = _finished(config, out)
     if finished is not None:
-        print(f"{out}: this run is finished; give another --out to train anew")
+        say(f"{out}: this run is finished; give another --out to train anew")
         return finished
     storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
-    with ray_running(), _lines(print) as lines:
+    with ray_running(), _lines(say) as lines:
         answer = _run_on_ray(Job(config, data, out, uri, lines))
     if isinstance(answer, str):
         raise ValueError(answer)
