@@ -9,6 +9,7 @@ Who has the pip requirements and MLflow needs nothing else:
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -33,7 +34,7 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
         self.model = load_model(folder).eval().to(self.device)
         self.tokenizer = load_tokenizer(folder)
 
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride] (MLflow's own says that it returns nothing)
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """One row for each input row, whose `text` or `video` (a local path) is filled, with three columns:
@@ -77,14 +78,17 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
     @torch.inference_mode()
     def _videos(self, paths: Sequence[str]) -> list[dict[str, Any]]:
         from model.frames import FrameSettings
-        from pipelines.decode import decode_clip
+        from pipelines.decode import DecodeError, Decoder
 
         config = self.model.config
         settings = FrameSettings(count=config.frames, size=config.towers.image_size)
         clips = []
-        for path in paths:
-            with open(path, "rb") as stream:  # noqa: PTH123 (any bytes a file name may hold)
-                clips.append(decode_clip(stream.read(), settings).frames)
+        with Decoder(settings) as decoder:  # a process of its own: a video can hang a decoder, or kill it
+            for path in paths:
+                try:
+                    clips.append(decoder.decode(Path(path)).frames)
+                except (DecodeError, OSError) as error:
+                    raise ValueError(f"{path}: gives no frames ({error})") from None
         frames = np.zeros((len(clips), config.frames, settings.size, settings.size, 3), dtype=np.uint8)
         mask = torch.zeros(len(clips), config.frames, dtype=torch.bool)
         for i, clip in enumerate(clips):

@@ -4,25 +4,30 @@ Nothing is pickled: a version is safetensors, JSON and source files (`infra/pack
 MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. MLflow is imported inside the functions; it takes a second.
 """
 
+import ast
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from infra import storage
+from infra.table import fit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGED = ("model", "pipelines/__init__.py", "pipelines/decode.py")
-"""What travels with a registered model, besides `infra/package.py`: the rooms that it imports."""
+PACKAGE = ROOT / "infra" / "package.py"
+"""What MLflow runs; the modules of ours that it imports travel with it."""
 REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -134,7 +139,8 @@ def log_and_register(
         store.finalize_logged_model(logged.model_id, "FAILED")
         raise
     _make_name(store, name)
-    source = f"models:/{logged.model_id}"
+    # By its place, not as models:/<id>: MLflow would look that up in its global store, and make one where we stand.
+    source = logged.artifact_location
     version = store.create_model_version(name, source, run_id, tags=version_tags, model_id=logged.model_id)
     if alias:
         store.set_registered_model_alias(name, alias, version.version)
@@ -143,41 +149,68 @@ def log_and_register(
 
 def _save_package(model_folder: Path, package: Path, run_id: str, model_id: str) -> None:
     """Writes the MLflow model: weights, code, requirements, signature."""
-    import mlflow
-    from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _no_progress_bar():
+        # MLflow warns of its own type hints on import, and wants to run an example that would only guess the signature.
+        warnings.simplefilter("ignore")
+        from mlflow import pyfunc
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
-    vector = Array(DataType.double)
-    signature = ModelSignature(
-        inputs=Schema([ColSpec("string", column, required=False) for column in ("text", "video")]),
-        outputs=Schema(
-            [ColSpec(Array(vector), "tokens"), ColSpec(vector, "weights"), ColSpec(vector, "embedding")]
-        ),
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        code = _copy_code(Path(scratch))
-        mlflow.pyfunc.save_model(
+        vector = Array(DataType.double)
+        outputs = {"tokens": Array(vector), "weights": vector, "embedding": vector}
+        pyfunc.save_model(
             path=str(package),
             mlflow_model=Model(run_id=run_id, model_id=model_id),
-            python_model=str(ROOT / "infra" / "package.py"),
+            python_model=str(PACKAGE),
             artifacts={"model": str(model_folder)},
-            code_paths=[str(path) for path in sorted(code.iterdir())],
-            signature=signature,
+            code_paths=[str(path) for path in sorted(_copy_code(Path(scratch)).iterdir())],
+            signature=ModelSignature(
+                inputs=Schema([ColSpec("string", column, required=False) for column in ("text", "video")]),
+                outputs=Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
+            ),
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in REQUIREMENTS],
         )
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """MLflow shows a bar for the copying of four local files, and can be told not to by the environment only."""
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _copy_code(folder: Path) -> Path:
-    """The packaged rooms, sources only."""
-    for part in PACKAGED:
-        source, target = ROOT / part, folder / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+    """The modules of ours that `PACKAGE` needs, wherever in them an import stands."""
+    waiting, copied = [PACKAGE], {PACKAGE}
+    while waiting:
+        for module in _imported(waiting.pop()):
+            parts = module.split(".")
+            for source in (ROOT.joinpath(*parts).with_suffix(".py"), ROOT / parts[0] / "__init__.py"):
+                if source.is_file() and source not in copied:
+                    target = folder / source.relative_to(ROOT)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(source, target)
+                    copied.add(source)
+                    waiting.append(source)
     return folder
+
+
+def _imported(source: Path) -> set[str]:
+    """Modules that a file may import, as dotted names (with some that are names inside modules)."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def _make_name(store: "MlflowClient", name: str) -> None:
@@ -349,3 +382,91 @@ def promote(run_id: str, alias: str = "champion", uri: str | None = None, name: 
         )
     store.set_registered_model_alias(name, alias, version.version)
     return str(version.version)
+
+
+def runs_table(experiment: str | None = None, uri: str | None = None, width: int | None = None) -> str:
+    """The runs of an experiment (default: of all) as text, best first: metrics, and the settings that differ.
+
+    The best is judged by text-to-video R@1 on val, or on what there is; runs without it come last, newest first.
+    """
+    uri = tracking_uri(uri)
+    store = client(uri)
+    known = {found.name: found.experiment_id for found in store.search_experiments()}
+    if experiment is not None and experiment not in known:
+        raise ValueError(f"--experiment {experiment!r}: {uri} has {', '.join(sorted(known)) or 'none'}")
+    runs = _all_runs(store, [known[experiment]] if experiment else list(known.values()))
+    if not runs:
+        return f"no runs in {uri}: `hbi train RUN --data SHARDS` makes one"
+    metrics = _metric_columns({name for run in runs for name in run.data.metrics})
+    best = metrics[0] if metrics and metrics[0].endswith("/R1") else None
+    if best:
+        runs.sort(key=lambda run: -run.data.metrics.get(best, -1.0))
+    settings = _differing(runs)
+    versions = _versions_of_runs(store)
+    head = ["run", "id", "status", "started", *metrics, "version", *_short_names(settings)]
+    rows = [
+        [
+            run.info.run_name or "",
+            run.info.run_id[:8],
+            run.info.status.lower(),
+            datetime.fromtimestamp(run.info.start_time / 1000).strftime("%m-%d %H:%M"),
+            *(f"{run.data.metrics[name]:.4g}" if name in run.data.metrics else "" for name in metrics),
+            versions.get(run.info.run_id, ""),
+            *(run.data.params.get(name, "") for name in settings),
+        ]
+        for run in runs
+    ]
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    text, left = fit(head, rows, width, keep=2)
+    notes = [f"{len(runs)} runs, best {best} first" if best else f"{len(runs)} runs, newest first"]
+    if left:
+        notes.append(f"not shown for want of width: {', '.join(left)}")
+    return "\n".join([text, "", *notes])
+
+
+def _all_runs(store: "MlflowClient", experiments: list[str]) -> list[Any]:
+    """Every active run, newest first."""
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = store.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _metric_columns(names: set[str]) -> list[str]:
+    """The metrics worth a column, the one that says which run is best first: val before test before others."""
+    splits = sorted({name.removesuffix("/t2v/R1") for name in names if name.endswith("/t2v/R1")})
+    splits.sort(key=lambda split: ("val", "test").index(split) if split in ("val", "test") else 2)
+    wanted = [
+        f"{split}/{name}" for split in splits for name in ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MdR", "v2t/R1")
+    ]
+    return [name for name in [*wanted, "train/loss"] if name in names]
+
+
+def _differing(runs: list[Any]) -> list[str]:
+    """Settings that not all runs have alike, those with the fewest values first: they are what was varied."""
+    names = sorted({name for run in runs for name in run.data.params})
+    values = {name: {run.data.params.get(name) for run in runs} for name in names}
+    return sorted((name for name in names if len(values[name]) > 1), key=lambda name: len(values[name]))
+
+
+def _short_names(settings: list[str]) -> list[str]:
+    """`lr` for `optim.lr` where no other setting is called so."""
+    last = [name.rpartition(".")[2] for name in settings]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, settings, strict=True)]
+
+
+def _versions_of_runs(store: "MlflowClient") -> dict[str, str]:
+    """`hbi/3 @champion` for each run that registered a model."""
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for model in store.search_registered_models():
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(f"@{alias}")
+    found: dict[str, str] = {}
+    for version in sorted(store.search_model_versions(), key=lambda version: int(version.version)):
+        marks = aliases.get((version.name, str(version.version)), [])
+        found[version.run_id or ""] = " ".join([f"{version.name}/{version.version}", *sorted(marks)])
+    return found

@@ -1,6 +1,7 @@
 """An MLflow store that is made once for the whole test session: its first use runs migrations, which take seconds."""
 
 import shutil
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,7 +13,9 @@ def _template() -> Path:
 
     folder = Path(mkdtemp(prefix="mlflow-store-"))
     uri = registry.tracking_uri(str(folder))
-    registry.client(uri).search_experiments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's use of SQLAlchemy, when first imported
+        registry.client(uri).search_experiments()
     return folder / "mlflow.db"
 
 

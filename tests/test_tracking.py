@@ -21,7 +21,7 @@ from training import tracking
 from training.spool import Spool
 from training.tracking import Tracker, lineage, replay, shown
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 @pytest.fixture(autouse=True)
