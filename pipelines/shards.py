@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -168,18 +169,38 @@ class ShardWriter:
 
 
 def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row, str | Failure]]:
-    """Each row with a local path of its video, or why there is none. The next video comes while one is decoded."""
+    """Each row with a local path of its video, or why there is none.
+
+    Of remote videos the next is fetched while one is decoded; neighbours that cut the same video share its copy.
+    """
     groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[1].video)]
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(_fetch, groups[0][0][1], spool)
-        for number, group in enumerate(groups):
-            video = coming.result()
-            if number + 1 < len(groups):
-                coming = reader.submit(_fetch, groups[number + 1][0][1], spool)
+
+        def fetch(group: list[tuple[str, Row]]) -> Callable[[], str | Failure]:
+            row = group[0][1]
+            return (
+                reader.submit(_fetch, row, spool).result
+                if _remote(row.video)
+                else partial(_fetch, row, spool)
+            )
+
+        coming = fetch(groups[0])
+        for group, following in zip(groups, [*groups[1:], None], strict=True):
+            video = coming()
+            if following is not None:
+                coming = fetch(following)
             for key, row in group:
                 yield key, row, video
-            if isinstance(video, str) and storage.is_remote(group[0][1].video):
+            if isinstance(video, str) and _remote(group[0][1].video):
                 Path(video).unlink()
+
+
+def _remote(video: str) -> bool:
+    """Whether a video is in object storage; one that is nowhere is not."""
+    try:
+        return storage.is_remote(video)
+    except ValueError:
+        return False
 
 
 def _fetch(row: Row, spool: str) -> str | Failure:

@@ -90,7 +90,7 @@ class Summary:
 def kind_of(reason: str) -> str:
     """A reason without its particulars, so that equal troubles are counted together."""
     reason = re.sub(r"'[^']*'|\"[^\"]*\"|s3://\S+|(?<![\w.])/\S+", "…", reason)
-    return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?", "N", reason)[:160]
+    return re.sub(r"(?<![A-Za-z])\d+(\.\d+)?", "N", reason)[:160]
 
 
 def _size(count: float) -> str:
