@@ -61,6 +61,55 @@ def corpus(out: Positional[str], clips: int = 2000, seed: int = 0) -> None:
     print(f"{out}: {clips} clips and manifest.jsonl")
 
 
+def import_dataset(
+    name: Positional[str], annotations: Positional[str], videos: Positional[str], out: Positional[str]
+) -> None:
+    """Turn a public dataset's annotation files into a manifest; `folder` takes any folder of videos.
+
+    Example: hbi import-dataset msrvtt MSRVTT/anns MSRVTT/videos msrvtt.jsonl
+
+    Args:
+        name: msrvtt, msrvtt-full, msvd, didemo, activitynet, activitynet-segments, lsmdc, vatex, webvid, msrvtt-qa,
+            msvd-qa, activitynet-qa; or folder, for videos without annotations.
+        annotations: The folder of the published annotation files (for `folder`: any name, it is not read).
+        videos: The folder of the videos, local or s3://.
+        out: The manifest to write, JSON Lines.
+    """
+    from pipelines import read
+
+    if name == "folder":
+        count = read.folder_manifest(videos, out)
+    else:
+        count = read.import_dataset(name, annotations, videos, out)
+    print(f"{out}: {count} clips")
+
+
+def split(
+    manifest: Positional[str],
+    out: Positional[str],
+    by: Literal["stride", "shots"] = "stride",
+    seconds: float = 10.0,
+    min_seconds: float = 1.0,
+    threshold: float = 27.0,
+) -> None:
+    """Cut the long videos of a manifest into clips: a manifest of clips, by stride or at shot boundaries.
+
+    Example: hbi split films.jsonl clips.jsonl --by shots --seconds 20
+
+    Args:
+        manifest: JSON Lines or Parquet, local or s3://.
+        out: The manifest to write, JSON Lines.
+        by: stride cuts every so many seconds; shots cuts where the picture changes.
+        seconds: Length of a clip; with shots, of the longest.
+        min_seconds: Length of the shortest.
+        threshold: How much the picture must change at a boundary, 0 to 255.
+    """
+    from pipelines.split import SplitSettings, split_manifest
+
+    count = split_manifest(manifest, out, SplitSettings(by, seconds, min_seconds, threshold))
+    print(f"{out}: {count} clips")
+
+
 def shard(
     manifest: Positional[str],
     out: Positional[str],
@@ -73,6 +122,7 @@ def shard(
     clip_timeout: float = 60.0,
     clip_memory: int = 2048,
     report: str | None = None,
+    filters: Any = None,
 ) -> Any:
     """Decode the clips of a manifest into WebDataset tars; every clip ends as a sample or as a failure with a reason.
 
@@ -91,13 +141,14 @@ def shard(
         clip_timeout: Seconds after which a clip is given up.
         clip_memory: MiB that decoding a clip may take.
         report: Path of an HTML page to write: contact sheets, histograms, failures.
+        filters: What a clip must be; those rejected are rows of failures.jsonl with stage filter.
     """
     from model.frames import FrameSettings
     from pipelines.run import shard as make_shards
     from pipelines.shards import ShardSettings
 
     cut = FrameSettings(frames, size, choice, fps)
-    settings = ShardSettings(cut, samples_per_shard, jpeg_quality, clip_timeout, clip_memory)
+    settings = ShardSettings(cut, samples_per_shard, jpeg_quality, clip_timeout, clip_memory, filters)
     summary = make_shards(manifest, out, settings, report)
     print(summary)
     return summary
@@ -121,20 +172,93 @@ def train(
 
     result = start(set, data, out or f"runs/{run}", tracking)
     print(f"model  {result.model}")
-    for name, value in sorted(result.metrics.items()):
-        print(f"{name:24} {value:8.2f}")
+    _print_metrics(result.metrics)
     return result
 
 
-def _set_from(args: list[str]) -> None:
-    """Gives `train` the type and the defaults of its `--set` flags: those of the run that the arguments name."""
-    from training.config import RUNS, TrainConfig
+def _fill_types(name: str, args: list[str]) -> None:
+    """Gives the flags that come in groups their types, and `--set` the defaults of the run that is named.
 
-    name = args[0] if args and not args[0].startswith("-") else "debug"
-    if name not in RUNS:
-        raise ValueError(f"{name}: no such run: choose one of {', '.join(RUNS)}")
-    train.__annotations__["set"] = TrainConfig
-    train.__defaults__ = (*(train.__defaults__ or ())[:-1], RUNS[name])
+    They stand in rooms that are not imported before a command is chosen, so the signatures above cannot hold them.
+    """
+    if name == "shard":
+        from pipelines.filters import FilterSettings
+
+        shard.__annotations__["filters"] = FilterSettings
+        shard.__defaults__ = (*(shard.__defaults__ or ())[:-1], FilterSettings())
+    if name == "train":
+        from training.config import RUNS, TrainConfig
+
+        run = args[0] if args and not args[0].startswith("-") else "debug"
+        if run not in RUNS:
+            raise ValueError(f"{run}: no such run: choose one of {', '.join(RUNS)}")
+        train.__annotations__["set"] = TrainConfig
+        train.__defaults__ = (*(train.__defaults__ or ())[:-1], RUNS[run])
+
+
+def evaluate(
+    model: Positional[str],
+    shards: Positional[str],
+    split: str = "test",
+    paragraph: bool = False,
+    rates: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    dsl: bool = False,
+    qbnorm: int = 0,
+    tokenizer: str | None = None,
+    words: int | None = None,
+    tracking: str | None = None,
+) -> Any:
+    """Measure retrieval, both ways, of a model on a split of shards.
+
+    Example: hbi evaluate models:/hbi@champion shards --split test
+
+    Args:
+        model: A model folder, models:/name@alias or models:/name/version, or the file of a published checkpoint.
+        shards: A folder that `hbi shard` wrote, local or s3://.
+        split: Which split.
+        paragraph: All captions of a clip as one text.
+        rates: Weights of the entity, action and event similarities.
+        dsl: Also with dual softmax, which sees all queries at once (t2v+dsl/R@1).
+        qbnorm: Also with QB-Norm, on a bank of so many training clips (t2v+qbnorm/R@1).
+        tokenizer: For a published checkpoint: a CLIP name or folder.
+        words: For a published checkpoint: tokens a text is cut to.
+        tracking: MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    """
+    from training.evaluate import EvalProtocol, evaluate_command
+
+    protocol = EvalProtocol(paragraph, rates, dsl, qbnorm)
+    metrics = evaluate_command(model, shards, split, protocol, tracking, tokenizer, words)
+    _print_metrics(metrics)
+    return metrics
+
+
+def runs(experiment: str | None = None, tracking: str | None = None) -> None:
+    """Compare training runs: a table, best first, of metrics and of the settings that differ.
+
+    Example: hbi runs --experiment hbi
+
+    Args:
+        experiment: One MLflow experiment; all of them otherwise.
+        tracking: MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    """
+    from infra.registry import runs_table
+
+    print(runs_table(experiment, tracking))
+
+
+def promote(run_id: Positional[str], alias: str = "champion", tracking: str | None = None) -> None:
+    """Move an alias of the registered model to the version that a run made.
+
+    Example: hbi promote 1f3a9c --alias champion
+
+    Args:
+        run_id: An MLflow run, as `hbi runs` shows it; its beginning is enough.
+        alias: The alias to move.
+        tracking: MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
+    """
+    from infra.registry import promote as move
+
+    print(f"models:/hbi@{alias} is version {move(run_id, alias, tracking)}")
 
 
 def index(
@@ -232,6 +356,11 @@ def serve(
         threading.Event().wait()
 
 
+def _print_metrics(metrics: dict[str, float]) -> None:
+    for name, value in sorted(metrics.items()):
+        print(f"{name:24} {value:8.2f}")
+
+
 def _calm() -> dict[str, Any]:
     """A progress bar redraws itself on a terminal, and adds a line now and then to a file."""
     return {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 30}
@@ -239,8 +368,8 @@ def _calm() -> dict[str, Any]:
 
 CONTENTS: dict[str, dict[str, Callable[..., None]]] = {
     "Start here": {"demo": demo},
-    "Corpora": {"corpus": corpus, "shard": shard},
-    "Training": {"train": train},
+    "Corpora": {"corpus": corpus, "import-dataset": import_dataset, "split": split, "shard": shard},
+    "Training": {"train": train, "evaluate": evaluate, "runs": runs, "promote": promote},
     "Search": {"index": index, "search": search, "serve": serve},
 }
 
@@ -264,8 +393,7 @@ def main() -> None:
     _end_on_signal()
     status = 1
     try:
-        if name == "train":
-            _set_from(rest)
+        _fill_types(name, rest)
         tyro.cli(commands[name], args=rest, prog=f"hbi {name}")
         status = 0
     except KeyboardInterrupt:
