@@ -1,213 +1,228 @@
-"""A run on Ray Train: workers and drivers may be killed, and the weights at the end are the same to the bit."""
+"""`run.shard` on Ray: the bytes of the plain loop, whatever is killed, and nothing left behind."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file
-from torch import Tensor
-from training_shards import make_shards, tiny_run
+from clips import write_clips, write_manifest
+from test_shards import SETTINGS, everything, make
 
-from pipelines.sample import ShardIndex
-from training.config import RUNS, TrainConfig, WorkerSettings, description
-from training.loop import Hooks
-from training.parallel import Place
-from training.run import TrainResult, run, train, with_tokenizer
+from pipelines import run, shards
+from pipelines.sample import read_shard
+from pipelines.shards import ShardError
+from pipelines.summary import kind_of
+from s3 import Fault, object_storage
 
-STEPS_KEPT = 3
-# Ray warns of itself when its settings travel to the trainer.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")
-
-
-def config_of(epochs: int = 8) -> TrainConfig:
-    config = tiny_run()
-    return replace(
-        config,
-        workers=WorkerSettings(count=2, cpus=0.5),
-        optim=replace(config.optim, epochs=epochs, ema=0.9),
-        checkpoint=replace(config.checkpoint, every_steps=STEPS_KEPT),
-    )
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def rank_without_ray(rank: int, folder: str, out: str, epochs: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}-meet", rank=rank, world_size=2)
-    config = with_tokenizer(config_of(epochs), ShardIndex.read(f"{folder}/shards"), out)
-    run(config, f"{folder}/shards", out, Place.here(), Hooks(say=lambda line: None))
-    dist.destroy_process_group()
+# Ray Data warns of its own settings when it sends them to its workers.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards, and in `unbroken` a run of two processes that nothing disturbed, without Ray."""
-    folder = tmp_path_factory.mktemp("run")
-    index = make_shards(folder / "shards", train=[17, 14, 18], val=[4])
-    with_tokenizer(config_of(), index, str(folder / "unbroken"))  # so that the ranks find it
-    mp.spawn(rank_without_ray, (str(folder), str(folder / "unbroken"), 8), nprocs=2)
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`in/manifest.jsonl`, and `out` made by the plain loop without Ray."""
+    folder = tmp_path_factory.mktemp("reference")
+    manifest = write_clips(folder / "in", 60)
+    with shards.decoder(SETTINGS) as decoder:
+        make(manifest, str(folder / "out"), decoder)
     return folder
 
 
-def steps_of(lines: list[str]) -> list[int]:
-    return [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
+def left_by(out: Path) -> dict[str, bytes]:
+    """Everything but the lock."""
+    return {name: content for name, content in everything(out).items() if name != ".plan/lock"}
 
 
-def resumed_at(lines: list[str]) -> list[int]:
-    return [int(line.split("goes on at step ")[1].split()[0]) for line in lines if "goes on at step" in line]
+def test_ray_makes_the_bytes_of_the_plain_loop(ray_session: None, reference: Path, tmp_path: Path):
+    manifest, out = str(reference / "in" / "manifest.jsonl"), tmp_path / "out"
+    summary = run.shard(manifest, str(out), SETTINGS, report=str(tmp_path / "page" / "report.html"))
+    assert left_by(out) == left_by(reference / "out")
+    assert (summary.rows, summary.samples, summary.kept) == (60, 60, 0)
+    assert summary.clip_seconds == pytest.approx(60 * 1.4) and summary.clips_per_second > 0
+    assert summary.bytes == sum(path.stat().st_size for path in out.glob("*.tar"))
+    assert "noise number 0" in (tmp_path / "page" / "report.html").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar*")}
+    (out / "train-000001.tar").unlink()
+    summary = run.shard(manifest, str(out), SETTINGS)
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar*")}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed == {"train-000001.tar", "train-000001.tar.json"} and summary.kept == 54
+    assert left_by(out) == left_by(reference / "out")
 
 
-def kill_a_worker() -> None:
-    """Kills one training worker of the Ray that this process started."""
-    for process in psutil.Process().children(recursive=True):
-        if "RayTrainWorker" in " ".join(process.cmdline()):
-            process.send_signal(signal.SIGKILL)
-            return
-    raise AssertionError("no training worker runs")
+def test_the_summary_counts_by_reason(ray_session: None, tmp_path: Path):
+    write_clips(tmp_path, 0)
+    rows = [{"video": f"missing {i}.mp4"} for i in range(3)] + [
+        {"video": "0.mp4", "start": 100.0 + i} for i in range(2)
+    ]
+    rows += [{"video": "1.mp4"}]
+    summary = run.shard(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), SETTINGS)
+    assert summary.failures[("read", "no such file")] == 3
+    assert sorted(summary.failures.values()) == [2, 3]
+    text = str(summary)
+    assert "1 samples and 5 failures of 6 rows" in text and "3  read: no such file" in text, text
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["samples"] + index["failures"] == index["manifest"]["rows"] == 6
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(unbroken: Path, ray_session) -> None:
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        if line.startswith("step 11/"):
-            kill_a_worker()
-
-    result = train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), say=say)
-    assert result == TrainResult(str(unbroken / "killed" / "model"), result.metrics, None, None)
-    assert result.metrics["val/videos"] == 4
-    (again,) = resumed_at(lines)
-    before = steps_of(lines)[: lines.index(next(line for line in lines if "goes on" in line)) - 1]
-    assert again >= max(before) - STEPS_KEPT and again >= 9
-    assert same(weights(unbroken / "unbroken"), weights(unbroken / "killed"))
-    # A run that is over is not run again.
-    assert train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), say=lines.append) == result
-    assert "this run is finished" in lines[-1]
+def test_reasons_are_grouped_without_their_particulars():
+    assert kind_of("s3://b/k.mp4: storage kept failing, 6 tries") == kind_of(
+        "s3://b/l.mp4: storage kept failing, 5 tries"
+    )
+    assert kind_of("short 0.25 s") == kind_of("short 3 s") != kind_of("long 3 s")
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-from training.run import train
-from training.config import TrainConfig
-
-if __name__ == "__main__":
-    config = TrainConfig.from_json(Path(sys.argv[1]).read_text())
-    train(config, sys.argv[2], sys.argv[3])
-"""
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path):
+    manifest, out = write_clips(tmp_path / "in", 2), str(tmp_path / "out")
+    with run._alone(out), pytest.raises(ValueError, match="another run is writing there"):
+        run.shard(manifest, out, SETTINGS)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is not a folder"):
+        run.shard(manifest, str(tmp_path / "file"), SETTINGS)
 
 
-def test_a_killed_driver_is_taken_up_by_the_next(unbroken: Path, ray_session) -> None:
-    root = Path(__file__).resolve().parent.parent
-    out = unbroken / "driver"
-    (unbroken / "driver.py").write_text(DRIVER)
-    (unbroken / "config.json").write_text(config_of().to_json())
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(root)}
-    driver = subprocess.Popen(
-        [sys.executable, str(unbroken / "driver.py"), str(unbroken / "config.json"), str(unbroken / "shards"), str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
-    assert driver.stdout is not None
-    lines = []
-    for line in driver.stdout:
-        lines.append(line)
-        if line.startswith("step 8/"):
-            break
-    children = psutil.Process(driver.pid).children(recursive=True)
-    driver.kill()
-    driver.wait()
-    driver.stdout.close()
-    _, left = psutil.wait_procs(children, timeout=30)
-    for process in left:  # Ray's own reaper is slow on a busy machine; they are this test's processes
-        process.kill()
-    assert steps_of(lines)[-1] == 8
-    train(config_of(), str(unbroken / "shards"), str(out), say=lines.append)
-    (again,) = resumed_at(lines)
-    assert again >= 6
-    assert same(weights(unbroken / "unbroken"), weights(out))
-
-
-def test_what_cannot_go_on_says_why_in_one_line_and_is_not_tried_again(unbroken: Path, ray_session, tmp_path: Path) -> None:
-    config = config_of()
-    config = replace(config, workers=replace(config.workers, count=1), data=replace(config.data, bad_samples=0))
-    make_shards(tmp_path / "shards", train=[9, 9])
-    (tmp_path / "shards" / "train-000001.tar").unlink()
-    lines: list[str] = []
-    with pytest.raises(ValueError, match=r"samples could not be read.*train-000001.tar.*hbi shard") as caught:
-        train(config, str(tmp_path / "shards"), str(tmp_path / "out"), say=lines.append)
-    assert "\n" not in str(caught.value)
-    assert sum("starts" in line for line in lines) == 1
-
-
-def test_another_number_of_workers_goes_on_inside_the_epoch(unbroken: Path, tmp_path: Path) -> None:
-    """Two processes did the first steps of an epoch; one does the rest, and each clip is seen once."""
+def test_a_full_disk_ends_the_run_with_one_line(ray_session: None, tmp_path: Path):
     out = tmp_path / "out"
-    index = ShardIndex.read(str(unbroken / "shards"))
-    config = with_tokenizer(config_of(1), index, str(out))
-    mp.spawn(ranks_until_killed, (str(unbroken), str(out)), nprocs=2)
-    state = json.loads((next((out / "checkpoints").iterdir()) / "state.json").read_text())
-    assert state["progress"]["position"] == {"epoch": 0, "done": [[2, 8, 3]]}
-    clips: list[float] = []
-
-    def track(metrics: dict, step: int) -> None:
-        clips.append(metrics["data/clips"])
-
-    run(config, str(unbroken / "shards"), str(out), Place.here(), Hooks(say=lambda line: None, track=track))
-    assert sum(clips) == 49 - 21
-
-
-def ranks_until_killed(rank: int, folder: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}-meet", rank=rank, world_size=2)
-    config = with_tokenizer(config_of(1), ShardIndex.read(f"{folder}/shards"), out)
-    config = replace(config, optim=replace(config.optim, steps=3))
-    run(config, f"{folder}/shards", out, Place.here(), Hooks(say=lambda line: None))
-    dist.destroy_process_group()
+    out.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=150k", "none", str(out)], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        with pytest.raises(ShardError, match=r"^no space left for [^\n]*run again[^\n]*$"):
+            run.shard(write_clips(tmp_path / "in", 60), str(out), SETTINGS)
+        assert not (out / "index.json").exists() and not (out / ".spool").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_named_runs_are_whole_and_say_how_to_start_them(name: str) -> None:
-    config = RUNS[name]
-    assert TrainConfig.from_json(config.to_json()) == config
-    said = description(name)
-    assert f"train {name}" in said or "Command: as `" in said
-    assert "core" in said, "a score, or that none is known"
+# --- Runs of their own, with a Ray of their own ---------------------------------------------------------------------
 
 
-def test_flags_reach_every_field() -> None:
-    import tyro
+def start(manifest: str, out: Path | str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
+    """`run.shard` in a process of its own, as `hbi shard` calls it, from another working directory."""
+    code = (
+        "import sys; from model.frames import FrameSettings; from pipelines import run\n"
+        "from pipelines.shards import ShardSettings\n"
+        "try: print(run.shard(sys.argv[1], sys.argv[2], ShardSettings(FrameSettings(count=3, size=32), 6)))\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, manifest, str(out)],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
-    config = tyro.cli(TrainConfig, default=RUNS["demo"], args=["--optim.lr", "0.5", "--model.towers.dim", "64"])
-    assert config.optim.lr == 0.5 and config.model.towers.dim == 64 and config.data == RUNS["demo"].data
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The run and all that it started, Ray included."""
+    driver = psutil.Process(process.pid)
+    return [driver, *driver.children(recursive=True)]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if not any(thread.name == "lines" for thread in set(threading.enumerate()) - before):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the listener lives on")
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def gone(processes: list[psutil.Process]) -> Callable[[], bool]:
+    return lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def finished(out: Path) -> int:
+    return len(list(out.glob(".done/*.json")))
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(reference: Path, tmp_path: Path):
+    manifest, out = str(reference / "in" / "manifest.jsonl"), tmp_path / "out"
+
+    driver = start(manifest, out, tmp_path)
+    wait_for(lambda: finished(out) >= 2, 90, "two shards")
+    # Two of Ray's agents notice only after a minute that theirs was killed; they hold nothing of ours.
+    everyone = [process for process in family(driver) if "Agent" not in name_of(process)]
+    driver.kill()
+    driver.communicate()
+    wait_for(gone(everyone), 30, "workers and decoders to end with their driver")
+    done = {
+        path: path.stat().st_mtime_ns
+        for path in out.glob("*.tar")
+        if (out / ".done" / f"{path.name}.json").exists()
+    }
+    assert not (out / "index.json").exists() and 2 <= len(done) < 10
+
+    driver = start(manifest, out, tmp_path)
+    workers: list[psutil.Process] = []
+
+    def busy() -> bool:
+        workers[:] = [process for process in family(driver) if name_of(process) == "ray::Map(_make)"]
+        return bool(workers)
+
+    wait_for(busy, 90, "a worker at work")
+    everyone = family(driver)
+    for worker in workers:
+        worker.kill()
+    output, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 0, errors
+    assert "60 samples and 0 failures of 60 rows" in output and "Traceback" not in errors, errors
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "finished shards were made again"
+    assert left_by(out) == left_by(reference / "out")
+    wait_for(gone(everyone), 10, "the end of what the run started")
+
+
+def test_an_interrupted_run_is_gone_in_five_seconds(reference: Path, tmp_path: Path):
+    manifest, out = str(reference / "in" / "manifest.jsonl"), tmp_path / "out"
+    driver = start(manifest, out, tmp_path)
+    wait_for(lambda: finished(out) >= 1, 90, "a shard")
+    everyone = family(driver)
+    begin = time.monotonic()
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, errors = driver.communicate(timeout=20)
+    wait_for(gone(everyone), 5, "the end of what the run started")
+    assert time.monotonic() - begin < 5 and driver.returncode == 130, errors
+    assert "Traceback" not in errors, errors
+    assert not (out / ".spool").exists()
+
+
+def test_from_storage_to_storage_with_faults(reference: Path, tmp_path: Path):
+    with object_storage(tmp_path / "s3") as remote:
+        for path in (reference / "in").iterdir():
+            remote.put(path.name, path.read_bytes())
+        remote.faults[:] = [
+            *(Fault("503", f"/{seed}.mp4", times=2) for seed in range(3)),
+            Fault("cut", "/3.mp4", times=2),
+            Fault("short", "/4.mp4"),
+            Fault("503", "/out/", "PUT", 3),
+        ]
+        driver = start(remote.uri("manifest.jsonl"), remote.uri("out"), tmp_path, **remote.environment())
+        output, errors = driver.communicate(timeout=120)
+        assert driver.returncode == 0 and "60 samples and 0 failures of 60 rows" in output, errors
+        assert all(fault.times == 0 for fault in remote.faults)
+        ours = {path.name: path.read_bytes() for path in remote.path("out").glob("*.tar")}
+    theirs = {path.name: path.read_bytes() for path in (reference / "out").glob("*.tar")}
+    assert ours.keys() == theirs.keys()
+    for name, tar in ours.items():
+        pairs = zip(read_shard(io.BytesIO(tar)), read_shard(io.BytesIO(theirs[name])), strict=True)
+        assert all((a.key, a.id, a.frames) == (b.key, b.id, b.frames) for a, b in pairs)
