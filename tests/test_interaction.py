@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.interaction import Tokens, pair_similarity, weighted_similarity
 
@@ -87,3 +88,31 @@ def test_no_rows_and_a_bad_chunk() -> None:
     assert weighted_similarity(none, video, chunk=1).shape == (0, 2)
     with pytest.raises(ValueError, match="chunk is 0"):
         weighted_similarity(text, video, chunk=0)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made, in the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        self.elements = max(self.elements, *(part.numel() for part in made if isinstance(part, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("chunk", [4, 8, None])
+def test_memory_grows_with_the_chunk(chunk: int | None) -> None:
+    """No tensor is larger than chunk^2 x words x frames (the inputs are smaller here)."""
+    batch, words, frames = 32, 12, 10
+    text, video = tokens(10, batch, words, 2), tokens(11, batch, frames, 2)
+    leaves = [part.clone().requires_grad_() for part in (*text[:2], *video[:2])]
+    with Largest() as largest:
+        similarity = weighted_similarity(
+            Tokens(*leaves[:2], text.mask), Tokens(*leaves[2:], video.mask), chunk
+        )
+        similarity.square().sum().backward()
+    assert largest.elements == (chunk or batch) ** 2 * words * frames
