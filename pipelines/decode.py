@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import numpy as np
 
 from model.frames import FrameSettings, choose, fit
+from pipelines.sniff import refusal, why_unreadable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -94,71 +95,6 @@ FORMATS = (
 )
 # Containers whose headers say everything: no need to decode frames while opening.
 PLAIN = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "gif", "ogg")
-PLAYLISTS = {
-    b"#EXTM3U": "an HLS playlist",
-    b"ffconcat": "an ffconcat script",
-    b"<MPD": "a DASH manifest",
-    b"v=0\n": "an SDP session",
-    b"v=0\r\n": "an SDP session",
-    b"[playlist]": "a PLS playlist",
-    b"<ASX": "an ASX playlist",
-    b"[Reference]": "an ASF redirector",
-}
-KNOWN = (
-    b"\x1aE\xdf\xa3",
-    b"RIFF",
-    b"FLV",
-    b"OggS",
-    b"GIF8",
-    b"\0\0\1",
-    b"\0\0\0\1",
-    b"0&\xb2u",
-    b"\xff\xd8\xff",
-)
-"""How video files begin: Matroska, AVI, FLV, Ogg, GIF, MPEG, H.264 and HEVC, ASF, MJPEG."""
-NOT_VIDEOS = {
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "a gzip archive",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a RAR archive",
-    b"\x7fELF": "a program",
-    b"MZ": "a program",
-    b"#!": "a script",
-    b"\x80\x02": "a Python pickle",
-}
-
-
-def refuse(head: bytes, size: int) -> None:
-    """Raises DecodeError if the first bytes of a file of `size` bytes show that it is no video."""
-    if size == 0:
-        raise DecodeError("the file is empty")
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for start, what in PLAYLISTS.items():
-        if text[: len(start)].lower() == start.lower() or (start == b"<MPD" and b"<MPD" in text):
-            raise DecodeError(f"not a video but {what}: playlists are never followed")
-    lowered = text[:1024].lower()
-    if lowered.startswith((b"<!doctype html", b"<html")) or b"<html" in lowered:
-        raise DecodeError("not a video but an HTML page (an error page saved by a downloader?)")
-    if lowered.startswith((b"<?xml", b"<svg")):
-        raise DecodeError("not a video but an XML document")
-    for start, what in NOT_VIDEOS.items():
-        if head.startswith(start):
-            raise DecodeError(f"not a video but {what}")
-    if not head.strip(b"\0") and size <= len(head):
-        raise DecodeError(f"not a video: the file is {size} zero byte{'s' * (size > 1)}")
-    if b"\0" not in head and _is_text(head) and not head.startswith((b"YUV4MPEG2", b"GIF8")):
-        raise DecodeError("not a video but a text file")
-
-
-def _is_text(head: bytes) -> bool:
-    control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head)
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # else: only the last character is cut
-            return False
-    return control == 0
 
 
 @contextmanager
@@ -171,7 +107,8 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     size = source.tell()
     source.seek(0)
     head = source.read(4096)
-    refuse(head, size)
+    if reason := refusal(head, size):
+        raise DecodeError(reason)
     source.seek(0)
     # No protocol at all: whatever a file asks for, there is nothing but its own bytes.
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none", "fpsprobesize": "0"}
@@ -180,7 +117,7 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     try:
         container = av.open(source, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise DecodeError(_why_unreadable(source, head, size, failed(error))) from error
+        raise DecodeError(why_unreadable(source, head, size, str(failed(error)))) from error
     try:
         stream = cast("VideoStream | None", container.streams.best("video"))
         if stream is None:
@@ -192,27 +129,6 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
         yield cast("InputContainer", container), stream
     finally:
         container.close()
-
-
-def _why_unreadable(source: BinaryIO, head: bytes, size: int, said: DecodeError) -> str:
-    """Why FFmpeg could not open a file, in more words than "invalid data"."""
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        # Top-level boxes of mp4: the index (moov) says where the frames are.
-        place = 0
-        while place + 8 <= size:
-            source.seek(place)
-            box = source.read(16)
-            length = int.from_bytes(box[:4])
-            length = int.from_bytes(box[8:16]) if length == 1 else length or size - place
-            if length < 8 or place + length > size:
-                return f"an incomplete mp4 file: it breaks off after {size} bytes"
-            if box[4:8] == b"moov":
-                return f"a damaged mp4 file: its index (moov) cannot be read ({said})"
-            place += length
-        return "an incomplete mp4 file: its index (moov) is missing"
-    if any(head.startswith(magic) for magic in KNOWN) or head[188:189] == b"G":
-        return f"a damaged or incomplete video file: nothing in it can be read ({said})"
-    return f"not a video: its first bytes are of no known video format ({said})"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -242,9 +158,9 @@ class Timeline:
     length: float
     """Length of the file as its header states it, in seconds; 0 if it does not."""
     cut: bool
-    """An edit list hides some of the packets."""
+    """Some packets are not shown, and known: those that an edit list leaves out, and VP8's reference frames."""
     hidden: bool
-    """Some packets share a time stamp: not each is a frame of its own (VP8 and VP9 hide reference frames)."""
+    """Some packets share a time stamp: not each is a frame of its own, and which are is not known."""
     packets: "list[Packet] | None"
     """The packets themselves, if they are few enough bytes."""
 
@@ -255,6 +171,7 @@ def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timelin
     keys: list[bool] = []
     shown: set[int] = set()
     kept: list[Packet] | None = []
+    vp8 = stream.codec_context.codec.canonical_name == "vp8"
     size, cut, hidden, longest = 0, False, False, (-(1 << 62), 0)
     for packet in _demuxed(container, stream):
         stamp = packet.pts
@@ -262,7 +179,8 @@ def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timelin
             return None
         order.append(stamp)
         keys.append(packet.is_keyframe)
-        if packet.is_discard:
+        # VP8 says in its first byte whether a frame is shown, or only referred to.
+        if packet.is_discard or (vp8 and not memoryview(packet)[0] >> 4 & 1):
             cut = True
         else:
             hidden = hidden or stamp in shown

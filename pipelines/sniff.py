@@ -1,0 +1,91 @@
+"""What a file is, by its bytes: no decoder sees a playlist, and a broken file gets a reason for people."""
+
+from typing import BinaryIO
+
+PLAYLISTS = {
+    b"#EXTM3U": "an HLS playlist",
+    b"ffconcat": "an ffconcat script",
+    b"<MPD": "a DASH manifest",
+    b"v=0\n": "an SDP session",
+    b"v=0\r\n": "an SDP session",
+    b"[playlist]": "a PLS playlist",
+    b"<ASX": "an ASX playlist",
+    b"[Reference]": "an ASF redirector",
+}
+KNOWN = (
+    b"\x1aE\xdf\xa3",
+    b"RIFF",
+    b"FLV",
+    b"OggS",
+    b"GIF8",
+    b"\0\0\1",
+    b"\0\0\0\1",
+    b"0&\xb2u",
+    b"\xff\xd8\xff",
+)
+"""How video files begin: Matroska, AVI, FLV, Ogg, GIF, MPEG, H.264 and HEVC, ASF, MJPEG."""
+NOT_VIDEOS = {
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"#!": "a script",
+    b"\x80\x02": "a Python pickle",
+}
+
+
+def refusal(head: bytes, size: int) -> str | None:
+    """Why a file of `size` bytes that begins with `head` is no video; None if it may be one."""
+    if size == 0:
+        return "the file is empty"
+    lowered = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    xml = lowered.startswith((b"<?xml", b"<svg"))
+    for start, what in PLAYLISTS.items():
+        if lowered.startswith(start.lower()) or (start == b"<MPD" and xml and b"<mpd" in lowered):
+            return f"not a video but {what}: playlists are never followed"
+    if lowered.startswith((b"<!doctype html", b"<html")) or (b"<html" in lowered and b"\0" not in head):
+        return "not a video but an HTML page (an error page saved by a downloader?)"
+    if xml:
+        return "not a video but an XML document"
+    for start, what in NOT_VIDEOS.items():
+        if head.startswith(start):
+            return f"not a video but {what}"
+    if not head.strip(b"\0") and size <= len(head):
+        return f"not a video: the file is {size} zero byte{'s' * (size > 1)}"
+    if b"\0" not in head and _is_text(head) and not head.startswith((b"YUV4MPEG2", b"GIF8")):
+        return "not a video but a text file"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head)
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # else: only the last character is cut
+            return False
+    return control == 0
+
+
+def why_unreadable(source: BinaryIO, head: bytes, size: int, said: str) -> str:
+    """Why FFmpeg could not open a file, in more words than what it `said`."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        # Top-level boxes of mp4: the index (moov) says where the frames are.
+        place = 0
+        while place + 8 <= size:
+            source.seek(place)
+            box = source.read(16)
+            length = int.from_bytes(box[:4])
+            length = int.from_bytes(box[8:16]) if length == 1 else length or size - place
+            if length < 8 or place + length > size:
+                return f"an incomplete mp4 file: it breaks off after {size} bytes"
+            if box[4:8] == b"moov":
+                return f"a damaged mp4 file: its index (moov) cannot be read ({said})"
+            place += length
+        return "an incomplete mp4 file: its index (moov) is missing"
+    if any(head.startswith(magic) for magic in KNOWN) or head[188:189] == b"G":
+        return f"a damaged or incomplete video file: nothing in it can be read ({said})"
+    return f"not a video: its first bytes are of no known video format ({said})"
