@@ -210,10 +210,12 @@ class Server:
             "1",
         ]
         command += ["--artifacts-destination", str(self.artifacts), "--port", str(self.port)]
+        env = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
+        }  # it would start seven more processes
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(
-            command, start_new_session=True, cwd=Path(self.store[10:]).parent, **quiet
-        )
+        folder = Path(self.store[10:]).parent
+        self.process = subprocess.Popen(command, start_new_session=True, cwd=folder, env=env, **quiet)
         wait_for(lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=1).close() is None, 120)
 
     def kill(self) -> None:

@@ -44,9 +44,13 @@ SYSTEM_SECONDS = 10.0
 """Between two measurements of the machine."""
 UPLOAD_TRIES = 3
 """Tries of an artifact that fails while the server answers."""
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""What a request that a dying server leaves hanging may take; MLflow's own 7 retries take four minutes. They can be
-set for the process only: while a tracker lives, and where the user has not set them."""
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""What a request that a dying server leaves hanging may take (MLflow's own 7 retries take four minutes), and no lines
+between ours. They can be set for the process only: while a tracker lives, and where the user has not set them."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 8000
 """MLflow's limits on one request and on one value."""
@@ -74,8 +78,8 @@ class Tracker:
         self.closed = not enabled
         if not enabled:
             return
-        self.patience = {name: value for name, value in PATIENCE.items() if name not in os.environ}
-        os.environ.update(self.patience)
+        self.settings = {name: value for name, value in MLFLOW_SETTINGS.items() if name not in os.environ}
+        os.environ.update(self.settings)
         self.run_id = _open_run(uri, experiment, run_name, run_id)
         self.spool = Spool(Path(spool) / f"{self.run_id}.jsonl")
         self.queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
@@ -125,7 +129,7 @@ class Tracker:
         self.closed = True
         self.queue.put(None)
         self.thread.join(timeout)
-        for name in self.patience:
+        for name in self.settings:
             os.environ.pop(name, None)
         self.unsent = self.spool.waiting + self.queue.qsize()
         if self.unsent:
