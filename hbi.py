@@ -144,11 +144,14 @@ def shard(
         filters: What a clip must be; those rejected are rows of failures.jsonl with stage filter.
     """
     from model.frames import FrameSettings
+    from pipelines.filters import FilterSettings
     from pipelines.run import shard as make_shards
     from pipelines.shards import ShardSettings
 
     cut = FrameSettings(frames, size, choice, fps)
-    settings = ShardSettings(cut, samples_per_shard, jpeg_quality, clip_timeout, clip_memory, filters)
+    settings = ShardSettings(
+        cut, samples_per_shard, jpeg_quality, clip_timeout, clip_memory, filters or FilterSettings()
+    )
     summary = make_shards(manifest, out, settings, report)
     print(summary)
     return summary
