@@ -87,7 +87,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     """CLIP's tokenizer by name or folder, or one of ours from the folder it was saved to (no network for a folder)."""
     source = str(name_or_folder)
     if Path(source).is_dir():
-        if not (Path(source) / "tokenizer.json").exists():
+        if not any((Path(source) / name).exists() for name in ("tokenizer.json", "vocab.json")):
             raise ValueError(f"{source} has no tokenizer.json: save the model together with its tokenizer")
         return AutoTokenizer.from_pretrained(source, local_files_only=True)
     return AutoTokenizer.from_pretrained(source)

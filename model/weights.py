@@ -18,6 +18,7 @@ __all__ = ["build_model", "load_estimator", "load_model", "load_published", "sav
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+DIGEST = "digest"
 FORMAT = 1
 
 
@@ -27,11 +28,18 @@ def build_model(config: ModelConfig) -> HBI:
     if not config.backbone:
         return HBI(config)
     try:
-        clip = CLIPModel.from_pretrained(config.backbone, attn_implementation="sdpa", dtype=torch.float32)
+        loaded: Any = CLIPModel.from_pretrained(
+            config.backbone, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
+        )
     except OSError as error:
         raise ValueError(
             f"ModelConfig.backbone is {config.backbone!r}: no CLIP checkpoint there ({error})"
         ) from error
+    clip, loading = loaded
+    if absent := sorted(loading["missing_keys"]):  # transformers fills them with noise and a warning
+        raise ValueError(
+            f"ModelConfig.backbone is {config.backbone!r}: no whole CLIP checkpoint, missing: {', '.join(absent)}"
+        )
     return HBI(replace(config, towers=_tower_config(clip)), clip)
 
 
@@ -75,7 +83,13 @@ def save_model(model: HBI, folder: str | Path, tokenizer: PreTrainedTokenizerBas
         "model": model.config.to_dict(),
         "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
     }
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({**described, DIGEST: _digest(described)}, indent=2) + "\n")
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """Of the description itself, its own digest left out."""
+    rest = {name: value for name, value in described.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_model(folder: str | Path) -> HBI:
@@ -86,12 +100,15 @@ def load_model(folder: str | Path) -> HBI:
     folder = Path(folder)
     try:
         described = json.loads((folder / CONFIG).read_text())
+        digest, version, digests = described[DIGEST], described["format"], described["sha256"]
+        if version == FORMAT and digest != _digest(described):
+            raise ValueError("it was changed since it was saved (sha256 differs)")
         config = ModelConfig.from_dict(described["model"])
-        digests = described["sha256"]
-        version = described["format"]
     except FileNotFoundError:
         raise ValueError(f"{folder} is no saved model: it has no {CONFIG}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model: it has no {error}") from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from None
     if version != FORMAT:
         raise ValueError(f"{folder / CONFIG}: format is {version}, this version reads {FORMAT}")

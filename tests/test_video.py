@@ -96,6 +96,15 @@ def test_no_temporal_transformer_leaves_frames_apart(clip: CLIPModel) -> None:
         )
 
 
+def test_a_backbone_with_holes(clip: CLIPModel, tmp_path: Path) -> None:
+    state = {name: value for name, value in clip.state_dict().items() if "fc1" not in name}
+    clip.save_pretrained(tmp_path, state_dict=state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=r"no whole CLIP checkpoint, missing: .*mlp\.fc1\.weight"):
+            build_model(ModelConfig(backbone=str(tmp_path), words=10))
+
+
 def test_a_backbone_that_is_not_there(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
