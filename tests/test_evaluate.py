@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mlflow_store import fresh_store
+from test_published import LISTING, rescaled, state_of
 from training_shards import make_shards, sample, tiny_model, write_shard
 
+from infra import registry
 from model.hbi import HBI, LEVELS
 from model.metrics import retrieval_metrics
 from model.text import tokenize, train_tokenizer
 from model.weights import load_model, save_model
 from pipelines.sample import Sample, ShardIndex, read_shard
+from s3 import object_storage
 from training.evaluate import EvalProtocol, evaluate, evaluate_command, table
 from training.figures import recall_figure, similarity_figure
 from training.parallel import Place
@@ -203,6 +208,48 @@ def test_the_command_takes_a_folder(folder: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(ValueError, match="not a shard folder"):
         evaluate_command(str(folder / "model"), str(folder), "val")
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_command_takes_a_published_checkpoint(folder: Path, tmp_path: Path) -> None:
+    sizes = rescaled(LISTING["shapes"], width=32, patch=8, grid=2, layers=(1, 1, 1), predictor=4)
+    state = {name: torch.from_numpy(value) for name, value in state_of(sizes).items()}
+    torch.save(state, tmp_path / "published.bin")
+    command = partial(evaluate_command, str(tmp_path / "published.bin"), str(folder / "shards"), "val")
+    found = command(tokenizer=str(folder / "model"), words=12, device="cpu")
+    assert found["val/videos"] == 4 and found["val/unread"] == 0
+    with pytest.raises(ValueError, match="give --tokenizer, a folder with CLIP's tokenizer"):
+        command(device="cpu")
+    (tmp_path / "other.bin").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"other\.bin cannot be read"):
+        evaluate_command(str(tmp_path / "other.bin"), str(folder / "shards"), "val")
+
+
+def test_the_command_takes_a_registered_model_and_s3(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = fresh_store(tmp_path / "store")
+    run = registry.client(uri).create_run(registry.experiment_id(uri, "exp")).info.run_id
+    registry.log_and_register(folder / "model", run, uri, alias="champion")
+    plain = evaluate_command(str(folder / "model"), str(folder / "shards"), "val", device="cpu")
+    assert (
+        evaluate_command("models:/hbi@champion", str(folder / "shards"), "val", tracking=uri, device="cpu")
+        == plain
+    )
+    monkeypatch.setenv("HBI_CACHE", str(tmp_path / "cache"))
+    with object_storage(tmp_path / "s3") as remote:
+        for name, value in remote.environment().items():
+            monkeypatch.setenv(name, value)
+        for room in ("model", "shards"):
+            for file in (folder / room).iterdir():
+                remote.put(f"{room}/{file.name}", file.read_bytes())
+        for _ in range(2):  # fetched, then from the cache
+            assert evaluate_command(remote.uri("model"), remote.uri("shards"), "val", device="cpu") == plain
+        weights = [
+            request
+            for request in remote.requests
+            if request[0] == "GET" and "model.safetensors" in request[1]
+        ]
+        assert len(weights) == 1
 
 
 def test_pictures(folder: Path, model: HBI, tokenizer: Any) -> None:
