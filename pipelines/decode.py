@@ -121,8 +121,12 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     try:
         stream = cast("VideoStream | None", container.streams.best("video"))
         if stream is None:
-            kinds = sorted({stream.type for stream in container.streams}) or ["no"]
-            raise DecodeError(f"there is no video in it, only {' and '.join(kinds)} streams")
+            kinds = " and ".join(sorted({stream.type for stream in container.streams}))
+            raise DecodeError(
+                f"there is no video in it, {f'only {kinds}' if kinds else 'nor any other stream'}"
+            )
+        if stream.codec_context is None:
+            raise DecodeError("its video is in a format for which there is no decoder")
         if stream.disposition & Disposition.attached_pic:
             raise DecodeError("there is no video in it, only a cover picture beside the audio")
         _check_size(stream.codec_context.width, stream.codec_context.height)
@@ -226,7 +230,7 @@ def _demuxed(container: "InputContainer", stream: "VideoStream") -> "Iterator[Pa
         for packet in container.demux(stream):
             if packet.size:
                 yield packet
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, IndexError) as error:  # IndexError: PyAV, of a stream that appears later
         failed(error)
 
 
