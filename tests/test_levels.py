@@ -63,6 +63,18 @@ def test_duplicates_go_by_position() -> None:
     assert cluster_tokens(pairs, everything(5), 2)[0].tolist() == [[0, 0, 1, 1, 0]]
 
 
+@pytest.mark.parametrize(
+    "points", [[0.0, 1.0, 10.0, 11.0], [5.0, 5.0, 5.0], [0.0, 4.0], [2.0, 0.0, 2.0, 0.0, 7.0, 7.0]]
+)
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_ties_go_by_position(points: list[float], clusters: int) -> None:
+    """Equal densities at a distance: of two equals the earlier counts as the denser."""
+    x = torch.tensor(points, dtype=torch.float64)[:, None] / 4
+    for row in (x, x.flip(0)):
+        ours, _ = cluster_tokens(row[None], everything(len(points)), clusters)
+        assert ours[0].tolist() == by_loops(row, clusters)
+
+
 def test_fewer_tokens_than_clusters() -> None:
     x, mask = torch.randn(2, 6, 4), torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]).bool()
     cluster, present = cluster_tokens(x, mask, 4)
