@@ -16,7 +16,7 @@ from pipelines import records, repeats
 from pipelines.plan import FOLDER, Plan, Unit, plan
 from pipelines.records import unfinished
 from pipelines.report import Page
-from pipelines.shards import ShardSettings
+from pipelines.shards import OUT_IS_FULL, ShardError, ShardSettings
 from pipelines.summary import Summary
 from pipelines.tasks import Done, make_shards, thin_shards
 
@@ -33,7 +33,7 @@ def shard(
     settings = settings or ShardSettings()
     out = storage.absolute(out)
     summary = Summary(out)
-    with _alone(out):
+    with _in_words(out), _alone(out):
         clock = time.monotonic()
         planned = _plan(manifest, out, settings)
         missing = []
@@ -96,6 +96,17 @@ def _follow(what: str, units: list[Unit], tasks: Iterator[Done]) -> None:
 
 
 @contextmanager
+def _in_words(out: str) -> Iterator[None]:
+    """Inside, what the disk or the storage refuses is one line."""
+    try:
+        yield
+    except OSError as error:
+        full = f"no space left ({error.strerror}): free some and run again; finished shards stay"
+        reason = full if error.errno in OUT_IS_FULL else f"{type(error).__name__}: {error}"
+        raise ShardError(f"{out}: {reason}") from error
+
+
+@contextmanager
 def _alone(out: str) -> Iterator[None]:
     """Inside, no other run on this machine writes to a local `out`, and nothing is left of a killed one."""
     if storage.is_remote(out):
@@ -106,6 +117,8 @@ def _alone(out: str) -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{out}: is not a folder: choose another place for the shards") from None
+    except PermissionError as error:
+        raise ValueError(f"{out}: may not be written ({error.strerror}): choose another folder") from None
     with (place / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

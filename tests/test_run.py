@@ -90,6 +90,19 @@ def test_two_runs_into_one_folder_are_refused(tmp_path: Path):
         run.shard(manifest, str(tmp_path / "file"), SETTINGS)
 
 
+def test_what_storage_refuses_is_one_line(tmp_path: Path):
+    manifest = write_clips(tmp_path / "in", 2)
+    with object_storage(tmp_path / "s3") as remote, pytest.MonkeyPatch.context() as patch:
+        remote.use(patch)
+        with pytest.raises(ShardError, match=r"^s3://no-bucket/out: [^\n]*bucket"):
+            run.shard(manifest, "s3://no-bucket/out", SETTINGS)
+        with pytest.raises(ValueError, match=r"^s3://corpus/none\.jsonl: no such manifest[^\n]*$"):
+            run.shard(remote.uri("none.jsonl"), str(tmp_path / "out"), SETTINGS)
+        remote.faults[:] = [Fault("503", "plan.json", "HEAD", 1000)]
+        with pytest.raises(ShardError, match=r"^s3://corpus/out: [^\n]*storage kept failing"):
+            run.shard(manifest, remote.uri("out"), SETTINGS)
+
+
 def test_a_full_disk_ends_the_run_with_one_line(ray_session: None, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
@@ -177,7 +190,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(reference: Path, tmp_path: 
     workers: list[psutil.Process] = []
 
     def busy() -> bool:
-        workers[:] = [process for process in family(driver) if name_of(process) == "ray::Map(_make)"]
+        workers[:] = [process for process in family(driver) if name_of(process).startswith("ray::Map")]
         return bool(workers)
 
     wait_for(busy, 90, "a worker at work")
@@ -197,11 +210,13 @@ def test_an_interrupted_run_is_gone_in_five_seconds(reference: Path, tmp_path: P
     driver = start(manifest, out, tmp_path)
     wait_for(lambda: finished(out) >= 1, 90, "a shard")
     everyone = family(driver)
+    # Five seconds on a machine that has time for us; as much more as others keep its cores busy.
+    seconds = 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     begin = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, errors = driver.communicate(timeout=20)
-    wait_for(gone(everyone), 5, "the end of what the run started")
-    assert time.monotonic() - begin < 5 and driver.returncode == 130, errors
+    _, errors = driver.communicate(timeout=120)
+    wait_for(gone(everyone), seconds, "the end of what the run started")
+    assert time.monotonic() - begin < seconds and driver.returncode == 130, errors
     assert "Traceback" not in errors, errors
     assert not (out / ".spool").exists()
 
