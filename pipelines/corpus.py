@@ -229,13 +229,13 @@ def _write_clip(out: str, seed: int, number: int, script: Script) -> dict:
 def render(script: Script, rng: np.random.Generator) -> list[np.ndarray]:
     """The script as frames, uint8 [SIDE, SIDE, 3] each."""
     things = sorted({c.thing for c in script}, key=str)
-    spots = [(x, y) for x in (0.35, 0.65) for y in (0.35, 0.65)]
+    spots = [(x, y) for x in (0.3, 0.7) for y in (0.3, 0.7)]
     rng.shuffle(spots)
     places = {
         thing: np.array(spot) + rng.uniform(-0.05, 0.05, 2)
         for thing, spot in zip(things, spots, strict=False)
     }
-    sizes = {thing: float(rng.uniform(0.13, 0.17)) for thing in things}
+    sizes = {thing: float(rng.uniform(0.15, 0.18)) for thing in things}
     angles = dict.fromkeys(things, 0.0)
     shown = {t: next(c.deed for c in script if c.thing == t) != "appears" for t in things}
     ground = _ground(rng, {t.colour for t in things})
@@ -270,7 +270,7 @@ def render(script: Script, rng: np.random.Generator) -> list[np.ndarray]:
             part = step / CLAUSE_FRAMES
             match clause.deed:
                 case "grows":
-                    sizes[thing] = size * (1 + 0.9 * part)
+                    sizes[thing] = size * (1 + 0.7 * part)
                 case "shrinks":
                     sizes[thing] = size * (1 - 0.6 * part)
                 case "turns":

@@ -71,7 +71,7 @@ def test_the_thing_does_the_deed(deed: str, holds) -> None:
     frames = corpus.render(script, np.random.default_rng(5))
 
     def centre_and_area(frame: np.ndarray) -> tuple[float, float, int]:
-        down, across = np.nonzero((frame[..., 0].astype(int) - frame[..., 1] > 100))
+        down, across = np.nonzero(frame[..., 0].astype(int) - frame[..., 1] > 100)
         return (float(across.mean()), float(down.mean()), len(down)) if len(down) else (0.0, 0.0, 0)
 
     assert holds(centre_and_area(frames[0]), centre_and_area(frames[-1]))

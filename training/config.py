@@ -260,17 +260,17 @@ def demo() -> TrainConfig:
     and the demo asks for ten times chance. The towers are small and fresh, so they learn at the rate of the new layers.
     """
     towers = TowerConfig(
-        image_size=64, patch_size=16, vision_width=128, vision_layers=3, vision_heads=4,
-        text_width=128, text_layers=3, text_heads=4, vocab_size=512, context=48, dim=128,
+        image_size=64, patch_size=16, vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=256,
+        text_width=128, text_layers=2, text_heads=2, text_mlp=256, vocab_size=512, context=32, dim=128,
     )  # fmt: skip
     return TrainConfig(
         name="demo",
-        model=ModelConfig(towers=towers, words=40, frames=8, temporal_layers=2, checkpointing=True),
-        data=DataSettings(batch=64, workers=0),
-        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=12),
+        model=ModelConfig(towers=towers, words=32, frames=6, temporal_layers=2, checkpointing=True),
+        data=DataSettings(batch=32, workers=0),
+        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=20),
         compute=ComputeSettings(bf16=False),
         workers=WorkerSettings(count=2, cpus=0.5),
-        evaluate=EvaluateSettings(every_epochs=2),
+        evaluate=EvaluateSettings(every_epochs=4),
         tracking=TrackingSettings(alias="champion"),
     )
 
