@@ -33,32 +33,32 @@ SAME = 1.0
 """Mean difference (of 255) up to which two decodes show the same frame: inverse transforms differ in rounding."""
 
 
-def by_decord(data: bytes) -> list[np.ndarray]:
+def by_decord(data: bytes, aspect: float) -> list[np.ndarray]:
     """decord as its manual says."""
     import decord
 
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
     picks = choose(np.arange(len(reader)), SETTINGS)
-    frames = [fit(frame, SETTINGS.size) for frame in reader.get_batch(picks).asnumpy()]
+    frames = [fit(frame, SETTINGS.size, aspect) for frame in reader.get_batch(picks).asnumpy()]
     reader.seek(0)
     return frames
 
 
-def by_pyav(data: bytes) -> list[np.ndarray]:
+def by_pyav(data: bytes, aspect: float) -> list[np.ndarray]:
     """Our PyAV path."""
     from pipelines.decode import decode_clip
 
     return decode_clip(data, SETTINGS, decoders=("pyav",)).frames
 
 
-def by_ours(data: bytes) -> list[np.ndarray]:
+def by_ours(data: bytes, aspect: float) -> list[np.ndarray]:
     """What the pipeline does."""
     from pipelines.decode import decode_clip
 
     return decode_clip(data, SETTINGS).frames
 
 
-def by_reference(data: bytes) -> list[np.ndarray]:
+def by_reference(data: bytes, aspect: float) -> list[np.ndarray]:
     """Every frame decoded in order, then the choice among them."""
     import av
 
@@ -69,7 +69,8 @@ def by_reference(data: bytes) -> list[np.ndarray]:
             yield from container.decode(container.streams.best("video"))
 
     picks = set(choose(np.arange(sum(1 for _ in frames())), SETTINGS).tolist())
-    return [fit(upright(frame)[0], SETTINGS.size) for index, frame in enumerate(frames()) if index in picks]
+    chosen = (upright(frame) for index, frame in enumerate(frames()) if index in picks)
+    return [fit(image, SETTINGS.size, 1 / aspect if turned else aspect) for image, turned in chosen]
 
 
 DECODERS = {"decord": by_decord, "pyav": by_pyav, "ours": by_ours, "reference": by_reference}
@@ -77,9 +78,14 @@ DECODERS = {"decord": by_decord, "pyav": by_pyav, "ours": by_ours, "reference": 
 
 def run(name: str, path: str) -> tuple[float, np.ndarray]:
     """Seconds for a clip's frames, and thumbnails of them, uint8 [frames, THUMB, THUMB]."""
+    import av
+
     data = Path(path).read_bytes()
+    with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        aspect = float(getattr(stream, "sample_aspect_ratio", None) or 1)
     begin = time.perf_counter()
-    frames = DECODERS[name](data)
+    frames = DECODERS[name](data, aspect)
     seconds = time.perf_counter() - begin
     small = [
         Image.fromarray(frame).convert("L").resize((THUMB, THUMB), Image.Resampling.BOX) for frame in frames
