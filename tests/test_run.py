@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
 import pytest
 from clips import write_clips, write_manifest
-from test_shards import SETTINGS, everything, make
+from test_shards import SETTINGS, everything, lines, make, samples
 
+from model.frames import FrameSettings
 from pipelines import run, shards
 from pipelines.sample import read_shard
-from pipelines.shards import ShardError
+from pipelines.shards import ShardError, ShardSettings
 from pipelines.summary import kind_of
 from s3 import Fault, object_storage
 
@@ -116,6 +118,28 @@ def test_a_full_disk_ends_the_run_with_one_line(ray_session: None, tmp_path: Pat
         assert not (out / "index.json").exists() and not (out / ".spool").exists()
     finally:
         subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+def test_good_and_hostile_clips_in_one_run(ray_session: None, media: Path, tmp_path: Path):
+    """Every file ends as a sample or as a failure with a reason; nothing hostile harms a good neighbour."""
+    read = [
+        [json.loads(line) for line in (media / name).read_text().splitlines()]
+        for name in ("manifest.jsonl", "hostile.jsonl")
+    ]
+    good, hostile = ([{"video": str(media / row["video"]), "id": row["id"]} for row in rows] for rows in read)
+    mixed = [row for pair in zip_longest(good, hostile) for row in pair if row]
+    settings = ShardSettings(FrameSettings(count=4, size=32), samples_per_shard=16, clip_timeout=40)
+    summary = run.shard(write_manifest(tmp_path / "m.jsonl", mixed), str(tmp_path / "out"), settings)
+    found = {sample.id: sample for sample in samples(tmp_path / "out")}
+    failures = {row["id"]: row for row in lines(tmp_path / "out")}
+    assert len(found) + len(failures) == len(mixed) == summary.rows and not found.keys() & failures.keys()
+    assert not [failures[row["id"]] for row in good if row["id"] in failures]
+    for row in read[0]:
+        assert (
+            len(found[row["id"]].frames) == min(4, row["frames"]) == len(set(found[row["id"]].timestamps))
+        ), row["id"]
+    assert all(len(row["reason"]) > 10 and "\n" not in row["reason"] for row in failures.values())
+    assert {row["stage"] for row in failures.values()} == {"decode"} and len(failures) >= 10
 
 
 # --- Runs of their own, with a Ray of their own ---------------------------------------------------------------------
