@@ -273,3 +273,18 @@ def test_frozen_parts() -> None:
     losses = hbi_loss(encoded, encoded, 0, LossSettings(target="estimator"), 4)
     losses["loss"].backward()
     assert model.estimator is not None and model.estimator.query.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_the_same() -> None:
+    torch.manual_seed(0)
+    model, parts = HBI(CONFIG).train(), batch()
+    losses = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        encoded = model(*(part.to(device) for part in parts))
+        losses.append(hbi_loss(encoded, encoded, 0, LossSettings(), 4)["loss"])
+    losses[1].backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
