@@ -18,7 +18,9 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
 
-def draw(generator: torch.Generator, batch: int, words: int, frames: int, spread: float = 1.0) -> tuple[Tensor, ...]:
+def draw(
+    generator: torch.Generator, batch: int, words: int, frames: int, spread: float = 1.0
+) -> tuple[Tensor, ...]:
     """Similarities in [-0.2, 1], some of them equal, and weight logits, in float64."""
     similarity = torch.rand(batch, words, frames, generator=generator, dtype=torch.float64) * 1.2 - 0.2
     similarity[::3] = (similarity[::3] * 4).round() / 4
@@ -75,7 +77,10 @@ def test_exact_is_the_enumeration(spread: float) -> None:
     worst = {torch.float32: 0.0, torch.float64: 0.0}
     for words, frames in [(1, 1), (1, 5), (6, 1), (2, 2), (3, 5), (5, 3), (4, 6), (7, 7)]:
         game = draw(generator, 30, words, frames, spread)
-        masks = torch.rand(30, words, generator=generator) < 0.8, torch.rand(30, frames, generator=generator) < 0.8
+        masks = (
+            torch.rand(30, words, generator=generator) < 0.8,
+            torch.rand(30, frames, generator=generator) < 0.8,
+        )
         truth = enumerated_interaction(*game, *masks)
         assert (truth[~(masks[0][:, :, None] & masks[1][:, None, :])] == 0).all()
         for dtype in worst:
@@ -138,7 +143,9 @@ def test_gradients_are_those_of_the_closed_form() -> None:
     with torch.no_grad():
         similarity += torch.rand(similarity.shape, generator=seeded(9)) * 0.01  # no ties: there it has a kink
     masks = torch.tensor([[1, 1, 1], [1, 0, 1]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
-    assert torch.autograd.gradcheck(lambda *g: exact_interaction(*g, *masks, nodes=90), (similarity, a, b), atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda *g: exact_interaction(*g, *masks, nodes=90), (similarity, a, b), atol=1e-6
+    )
 
 
 # --- axioms of the index ---------------------------------------------------------------------------------------
@@ -167,7 +174,13 @@ def test_symmetric_players_get_the_same(seed: int, words: int, frames: int) -> N
 
 
 @few
-@given(seed=seeds, words=st.integers(1, 6), frames=st.integers(1, 6), first=st.floats(0, 3), second=st.floats(0, 3))
+@given(
+    seed=seeds,
+    words=st.integers(1, 6),
+    frames=st.integers(1, 6),
+    first=st.floats(0, 3),
+    second=st.floats(0, 3),
+)
 def test_linear_where_the_maximum_does_not_change_hands(
     seed: int, words: int, frames: int, first: float, second: float
 ) -> None:
@@ -267,7 +280,9 @@ def test_predictor_does_not_see_padding() -> None:
     assert torch.allclose(padded[:, :3, :4], alone, atol=1e-6)
     assert (padded[:, 3:] == 0).all() and (padded[:, :, 4:] == 0).all()
     assert torch.allclose(predictor(s), alone, atol=1e-6)
-    assert predictor(s, torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)).isfinite().all()
+    assert (
+        predictor(s, torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)).isfinite().all()
+    )
 
 
 def test_predictor_learns_the_exact_interaction() -> None:
