@@ -15,8 +15,10 @@ from training_shards import FRAMES, SIZE, tiny_model
 
 from model.hbi import HBI, Encoded
 from model.losses import LossSettings
-from training.contrast import backward, contrast, gather_rows, join
-from training.parallel import averaging
+from training.config import ComputeSettings, OptimSettings
+from training.contrast import backward, contrast, gather_rows, surface
+from training.optim import make_optimizer
+from training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize, plain, whole
 
 WORDS = 12
 CASES = {
@@ -71,6 +73,8 @@ def run_cases(rank: int, folder: str) -> None:
         wrapped = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
         batch = tuple(tensor.split(sizes)[rank] for tensor in global_batch(sum(sizes)))
         results[name] = learn(model, wrapped, batch, settings, pieces, group)
+    for accumulate in (1, 2):
+        results[f"fsdp {accumulate}"] = learn_split(rank, accumulate)
     rows = torch.full((rank, 2), float(rank), requires_grad=True)
     gathered, first = gather_rows(rows)
     (gathered * (rank + 1)).sum().backward()
@@ -78,6 +82,22 @@ def run_cases(rank: int, folder: str) -> None:
     torch.save(results, f"{folder}/rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def learn_split(rank: int, pieces: int) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """Gradients under FSDP2, their norm, and the weights after a step of the optimiser."""
+    place, settings = Place(rank, 4, torch.device("cpu")), ComputeSettings(parallel="fsdp", bf16=False)
+    model = fresh_model()
+    wrapped = parallelize(model, place, settings)
+    optimizer = make_optimizer(model, OptimSettings(lr=1e-2))
+    batch = tuple(tensor.split([2, 1, 0, 3])[rank] for tensor in global_batch(6))
+    cut = list(zip(*(tensor.tensor_split(pieces) for tensor in batch), strict=True))
+    backward(lambda piece: wrapped(*piece), cut, LossSettings(), lambda on: averaging(wrapped, on))
+    average_scalars(model, place, settings)
+    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = clip_gradients(model, 1.0)
+    optimizer.step()
+    return gradients, norm.item(), {name: t.clone() for name, t in plain(model).state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +126,24 @@ def test_ranks_give_the_loss_and_gradient_of_one_process(results: list[dict], na
             assert (gradients[key] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * largest), key
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_split_weights_take_the_step_of_whole_ones(results: list[dict], pieces: int) -> None:
+    model = fresh_model()
+    optimizer = make_optimizer(model, OptimSettings(lr=1e-2))
+    contrast(model(*global_batch(6)), LossSettings())["loss"].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    for rank in range(4):
+        gradients, split_norm, weights = results[rank][f"fsdp {pieces}"]
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * norm), name
+        assert split_norm == pytest.approx(norm.item(), rel=1e-5)
+        for name, weight in model.state_dict().items():
+            # Adam's first step is the gradient's sign: where that is rounding, so is the step.
+            assert (weights[name] - weight).norm() <= 1e-2 * (weight.norm() + 1e-2), name
+
+
 def test_gathered_rows_lie_in_the_order_of_ranks_and_collect_the_gradients_of_all(
     results: list[dict],
 ) -> None:
@@ -132,7 +170,7 @@ class Largest(TorchDispatchMode):
 def test_in_chunks_the_pairwise_tensor_is_never_whole(chunk: int | None) -> None:
     clips = 24
     model = fresh_model()
-    encoded = join([model(*global_batch(clips))])
+    encoded, _ = surface(model(*global_batch(clips)))
     whole = clips * clips * WORDS * FRAMES
     with Largest() as largest:
         contrast(encoded, LossSettings(chunk=chunk, interaction=0.0))["loss"].backward()

@@ -84,12 +84,15 @@ def kill_a_worker() -> None:
     raise AssertionError("no training worker runs")
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(unbroken: Path, ray_session) -> None:
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
+    unbroken: Path, ray_session
+) -> None:
     lines: list[str] = []
 
     def say(line: str) -> None:
+        again = any(known.startswith("step 11/") for known in lines)
         lines.append(line)
-        if line.startswith("step 11/"):
+        if line.startswith("step 11/") and not again:
             kill_a_worker()
 
     result = train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), say=say)
@@ -123,10 +126,10 @@ def test_a_killed_driver_is_taken_up_by_the_next(unbroken: Path, ray_session) ->
     (unbroken / "config.json").write_text(config_of().to_json())
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(root)}
+    command = [sys.executable, *(str(unbroken / name) for name in ("driver.py", "config.json", "shards")), str(out)]
     driver = subprocess.Popen(
-        [sys.executable, str(unbroken / "driver.py"), str(unbroken / "config.json"), str(unbroken / "shards"), str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
     assert driver.stdout is not None
     lines = []
     for line in driver.stdout:
@@ -147,9 +150,13 @@ def test_a_killed_driver_is_taken_up_by_the_next(unbroken: Path, ray_session) ->
     assert same(weights(unbroken / "unbroken"), weights(out))
 
 
-def test_what_cannot_go_on_says_why_in_one_line_and_is_not_tried_again(unbroken: Path, ray_session, tmp_path: Path) -> None:
+def test_what_cannot_go_on_says_why_in_one_line_and_is_not_tried_again(
+    unbroken: Path, ray_session, tmp_path: Path
+) -> None:
     config = config_of()
-    config = replace(config, workers=replace(config.workers, count=1), data=replace(config.data, bad_samples=0))
+    config = replace(
+        config, workers=replace(config.workers, count=1), data=replace(config.data, bad_samples=0)
+    )
     make_shards(tmp_path / "shards", train=[9, 9])
     (tmp_path / "shards" / "train-000001.tar").unlink()
     lines: list[str] = []
@@ -173,7 +180,7 @@ def test_another_number_of_workers_goes_on_inside_the_epoch(unbroken: Path, tmp_
         clips.append(metrics["data/clips"])
 
     run(config, str(unbroken / "shards"), str(out), Place.here(), Hooks(say=lambda line: None, track=track))
-    assert sum(clips) == 49 - 21
+    assert sum(clips) == 49 - 2 * 3 * 4, "three steps of two ranks with four clips each are done"
 
 
 def ranks_until_killed(rank: int, folder: str, out: str) -> None:
@@ -197,7 +204,9 @@ def test_named_runs_are_whole_and_say_how_to_start_them(name: str) -> None:
 def test_flags_reach_every_field() -> None:
     import tyro
 
-    config = tyro.cli(TrainConfig, default=RUNS["demo"], args=["--optim.lr", "0.5", "--model.towers.dim", "64"])
+    config = tyro.cli(
+        TrainConfig, default=RUNS["demo"], args=["--optim.lr", "0.5", "--model.towers.dim", "64"]
+    )
     assert config.optim.lr == 0.5 and config.model.towers.dim == 64 and config.data == RUNS["demo"].data
 
 

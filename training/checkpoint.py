@@ -148,9 +148,10 @@ def _set_random_states(tensors: dict[str, Tensor], place: Place) -> None:
     """Ours, if there was a rank of our number; a new rank keeps the state that its seed gave it."""
     rows = tensors["random/cpu"]
     if place.rank < len(rows):
-        torch.set_rng_state(rows[place.rank].contiguous())
+        # A copy: torch reads a state from the start of its storage, wherever the view begins.
+        torch.set_rng_state(rows[place.rank].clone())
         if place.device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"][place.rank].contiguous(), place.device)
+            torch.cuda.set_rng_state(tensors["random/cuda"][place.rank].clone(), place.device)
 
 
 def write_checkpoint(

@@ -204,6 +204,7 @@ class Training:
                 "speed/data_wait_share": waited / (seconds * self.place.world),
                 "speed/flop_utilisation": work,
                 "speed/memory_bytes": memory_bytes(self.place.device),
+                "data/clips": clips,
                 "data/unread_samples": self.ledger.unread,
                 "data/uncaptioned_clips": self.ledger.uncaptioned,
             },

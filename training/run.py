@@ -182,7 +182,7 @@ def _lines(say: Callable[[str], None]) -> Iterator[Any]:
             with contextlib.suppress(Empty, queue.Empty):
                 say(lines.get(timeout=0.5))
 
-    listener = threading.Thread(target=listen, daemon=True)
+    listener = threading.Thread(target=listen, name="lines", daemon=True)
     listener.start()
     try:
         yield lines
