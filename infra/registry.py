@@ -5,7 +5,6 @@ MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. MLflow is imported inside the functio
 """
 
 import ast
-import hashlib
 import os
 import re
 import shutil
@@ -13,14 +12,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from infra import storage
-from infra.table import fit
+from infra.cache import cached, fetch_folder
+from infra.table import compare
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -242,7 +241,7 @@ def resolve_model(model: str, uri: str | None = None) -> str:
     if not model.startswith("models:/"):
         if not storage.is_remote(model):
             return str(_require_model(Path(storage.absolute(model))))
-        return str(_require_model(_fetch_folder(model), model))
+        return str(_require_model(fetch_folder(model), model))
     uri = tracking_uri(uri)
     version = _version(model, uri)
     package = _package_folder(version, uri)
@@ -291,7 +290,7 @@ def _package_folder(version: Any, uri: str) -> Path:
         source = client(uri).get_logged_model(source.removeprefix("models:/")).artifact_location
     if urlsplit(source).scheme in ("", "file"):
         return Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
-    return _cached(
+    return cached(
         f"{uri} {source}",
         lambda folder: download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri),
     )
@@ -307,39 +306,6 @@ def _model_inside(package: Path, model: str) -> Path:
         raise ValueError(
             f"{model}: registered, but not by this project (no packaged model folder in it)"
         ) from None
-
-
-def _fetch_folder(folder: str) -> Path:
-    """A remote model folder in the cache. Its key is what lies there, so that a changed model is fetched anew."""
-    files = storage.list_files(folder, recursive=True)
-    content = [(path, storage.size(path)) for path in files]
-    small = [storage.read_bytes(path) for path in files if path.endswith("config.json")]
-
-    def fetch(target: Path) -> None:
-        for path in files:
-            place = target / path.removeprefix(folder.rstrip("/") + "/")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(storage.local_copy(path, str(target)), place)
-
-    return _cached(f"{content} {small}", fetch)
-
-
-def _cached(key: str, fill: Any) -> Path:
-    """A folder filled once for each key; whole or absent, whoever else fetches the same at the same time."""
-    cache = Path(os.environ.get("HBI_CACHE") or Path.home() / ".cache" / "hbi") / "models"
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="."))
-        try:
-            fill(scratch)
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def _require_model(folder: Path, name: str | None = None) -> Path:
@@ -397,30 +363,9 @@ def runs_table(experiment: str | None = None, uri: str | None = None, width: int
     runs = _all_runs(store, [known[experiment]] if experiment else list(known.values()))
     if not runs:
         return f"no runs in {uri}: `hbi train RUN --data SHARDS` makes one"
-    metrics = _metric_columns({name for run in runs for name in run.data.metrics})
-    best = metrics[0] if metrics and metrics[0].endswith("/R1") else None
-    if best:
-        runs.sort(key=lambda run: -run.data.metrics.get(best, -1.0))
-    settings = _differing(runs)
-    versions = _versions_of_runs(store)
-    head = ["run", "id", "status", "started", *metrics, "version", *_short_names(settings)]
-    rows = [
-        [
-            run.info.run_name or "",
-            run.info.run_id[:8],
-            run.info.status.lower(),
-            datetime.fromtimestamp(run.info.start_time / 1000).strftime("%m-%d %H:%M"),
-            *(f"{run.data.metrics[name]:.4g}" if name in run.data.metrics else "" for name in metrics),
-            versions.get(run.info.run_id, ""),
-            *(run.data.params.get(name, "") for name in settings),
-        ]
-        for run in runs
-    ]
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    text, left = fit(head, rows, width, keep=2)
-    notes = [f"{len(runs)} runs, best {best} first" if best else f"{len(runs)} runs, newest first"]
-    if left:
-        notes.append(f"not shown for want of width: {', '.join(left)}")
+    text, notes = compare(
+        runs, _versions_of_runs(store), width or shutil.get_terminal_size((120, 24)).columns
+    )
     return "\n".join([text, "", *notes])
 
 
@@ -434,29 +379,6 @@ def _all_runs(store: "MlflowClient", experiments: list[str]) -> list[Any]:
         token = page.token
         if not token:
             return runs
-
-
-def _metric_columns(names: set[str]) -> list[str]:
-    """The metrics worth a column, the one that says which run is best first: val before test before others."""
-    splits = sorted({name.removesuffix("/t2v/R1") for name in names if name.endswith("/t2v/R1")})
-    splits.sort(key=lambda split: ("val", "test").index(split) if split in ("val", "test") else 2)
-    wanted = [
-        f"{split}/{name}" for split in splits for name in ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MdR", "v2t/R1")
-    ]
-    return [name for name in [*wanted, "train/loss"] if name in names]
-
-
-def _differing(runs: list[Any]) -> list[str]:
-    """Settings that not all runs have alike, those with the fewest values first: they are what was varied."""
-    names = sorted({name for run in runs for name in run.data.params})
-    values = {name: {run.data.params.get(name) for run in runs} for name in names}
-    return sorted((name for name in names if len(values[name]) > 1), key=lambda name: len(values[name]))
-
-
-def _short_names(settings: list[str]) -> list[str]:
-    """`lr` for `optim.lr` where no other setting is called so."""
-    last = [name.rpartition(".")[2] for name in settings]
-    return [short if last.count(short) == 1 else name for short, name in zip(last, settings, strict=True)]
 
 
 def _versions_of_runs(store: "MlflowClient") -> dict[str, str]:

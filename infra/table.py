@@ -1,9 +1,64 @@
-"""A plain-text table that fits the terminal."""
+"""Runs as a plain-text table that fits the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
 CELL = 24
 """Longest cell; a longer one loses its middle."""
+
+
+def compare(runs: Sequence[Any], versions: Mapping[str, str], width: int) -> tuple[str, list[str]]:
+    """MLflow runs (given newest first) as a table, best first, and what to say below it.
+
+    `versions`: what a run's id registered. Best is the largest text-to-video R@1, on val or on what there is.
+    """
+    metrics = _metric_columns({name for run in runs for name in run.data.metrics})
+    best = metrics[0] if metrics and metrics[0].endswith("/R1") else None
+    if best:
+        runs = sorted(runs, key=lambda run: -run.data.metrics.get(best, -1.0))
+    settings = _differing(runs)
+    head = ["run", "id", "status", "started", *metrics, "version", *_short_names(settings)]
+    rows = [
+        [
+            run.info.run_name or "",
+            run.info.run_id[:8],
+            run.info.status.lower(),
+            datetime.fromtimestamp(run.info.start_time / 1000).strftime("%m-%d %H:%M"),
+            *(f"{run.data.metrics[name]:.4g}" if name in run.data.metrics else "" for name in metrics),
+            versions.get(run.info.run_id, ""),
+            *(run.data.params.get(name, "") for name in settings),
+        ]
+        for run in runs
+    ]
+    text, left = fit(head, rows, width, keep=2)
+    notes = [f"{len(runs)} runs, best {best} first" if best else f"{len(runs)} runs, newest first"]
+    if left:
+        notes.append(f"not shown for want of width: {', '.join(left)}")
+    return text, notes
+
+
+def _metric_columns(names: set[str]) -> list[str]:
+    """The metrics worth a column, the one that says which run is best first: val before test before others."""
+    splits = sorted({name.removesuffix("/t2v/R1") for name in names if name.endswith("/t2v/R1")})
+    splits.sort(key=lambda split: ("val", "test").index(split) if split in ("val", "test") else 2)
+    wanted = [
+        f"{split}/{name}" for split in splits for name in ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MdR", "v2t/R1")
+    ]
+    return [name for name in [*wanted, "train/loss"] if name in names]
+
+
+def _differing(runs: Sequence[Any]) -> list[str]:
+    """Settings that not all runs have alike, those with the fewest values first: they are what was varied."""
+    names = sorted({name for run in runs for name in run.data.params})
+    values = {name: {run.data.params.get(name) for run in runs} for name in names}
+    return sorted((name for name in names if len(values[name]) > 1), key=lambda name: len(values[name]))
+
+
+def _short_names(settings: list[str]) -> list[str]:
+    """`lr` for `optim.lr` where no other setting is called so."""
+    last = [name.rpartition(".")[2] for name in settings]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, settings, strict=True)]
 
 
 def fit(

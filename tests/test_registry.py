@@ -14,6 +14,7 @@ from mlflow_store import fresh_store
 from training_shards import tiny_model
 
 from infra import registry
+from infra.cache import cached
 from infra.registry import log_and_register, pin_model, promote, resolve_model, runs_table, tracking_uri
 from infra.table import fit
 from model.hbi import HBI
@@ -179,7 +180,7 @@ def test_a_remote_package_is_fetched_once(
         fetched.append(folder)
         (folder / "file").write_text("content")
 
-    first, second = registry._cached("key", fetch), registry._cached("key", fetch)
+    first, second = cached("key", fetch), cached("key", fetch)
     assert first == second and (first / "file").read_text() == "content" and len(fetched) == 1
 
     def fail(folder: Path) -> None:
@@ -187,7 +188,7 @@ def test_a_remote_package_is_fetched_once(
         raise ConnectionError("cut")
 
     with pytest.raises(ConnectionError):
-        registry._cached("other", fail)
+        cached("other", fail)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [first.name]
 
 

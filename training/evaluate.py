@@ -5,9 +5,7 @@ texts against all videos, and the first rank counts. No pair is encoded twice, a
 which levels count: the entity level alone, by default.
 """
 
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +23,10 @@ from model.interaction import Tokens
 from model.metrics import retrieval_metrics
 from model.text import load_tokenizer, tokenize
 from model.weights import load_model, load_published
-from pipelines.sample import Sample, ShardIndex, read_shard
+from pipelines.sample import ShardIndex
 from training.contrast import gather_rows
 from training.data import check_shards
+from training.heldout import grouped, readable
 from training.parallel import Place
 
 T = TypeVar("T")
@@ -210,7 +209,7 @@ def encode_split(
             words, _ = model.encode_text(tokens, present)
             texts.append(_kept(model.text_levels(words, present), protocol))
 
-    for group in _grouped(_readable(index, split, ours, config.frames, reasons), protocol.batch):
+    for group in grouped(readable(index, split, ours, config.frames, reasons), protocol.batch):
         images, captions = [], []
         for sample, frames in group:
             written = [caption for caption in sample.captions if caption.strip()]
@@ -243,77 +242,6 @@ def encode_split(
         unread=unread,
         reasons=[reason for _, part in everyone for reason in part],
     )
-
-
-def _readable(
-    index: ShardIndex, split: str, ours: range, frames: int, reasons: list[str]
-) -> Iterator[tuple[Sample, UInt8[np.ndarray, "frames h w 3"]]]:
-    """Our samples of a split with their frames, in order; why one is missing goes to `reasons`."""
-    with ThreadPoolExecutor(4) as pool:  # decoding a JPEG frees the interpreter
-        first = 0
-        for shard in index.of_split(split):
-            numbers = range(max(first, ours.start) - first, min(first + shard.samples, ours.stop) - first)
-            first += shard.samples
-            if not numbers:
-                continue
-            wanted = _samples(index.path(shard), shard.name, numbers, reasons)
-            for sample, images in _ahead(pool, wanted, _images):
-                count, expected = len(sample.frames), len(sample.timestamps)
-                if count != expected or not 1 <= count <= frames:
-                    reasons.append(
-                        f"{shard.name}, clip {sample.id}: {count} of {expected} frames, limit {frames}"
-                    )
-                elif isinstance(images, Exception):
-                    reasons.append(f"{shard.name}, clip {sample.id}: {images}")
-                else:
-                    yield sample, images
-
-
-def _samples(path: str, name: str, numbers: range, reasons: list[str]) -> Iterator[Sample]:
-    """The samples of these numbers in a shard, as far as it can be read."""
-    number = -1
-    try:
-        with storage.open_file(path) as stream:
-            for number, sample in enumerate(read_shard(stream)):
-                if number in numbers:
-                    yield sample
-                if number + 1 >= numbers.stop:
-                    return
-        reasons.append(f"{name}: {number + 1} clips, the index says {numbers.stop} or more")
-    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError) as error:
-        reasons.append(f"{name}: {type(error).__name__}: {error}")
-
-
-def _images(sample: Sample) -> UInt8[np.ndarray, "frames h w 3"] | Exception:
-    try:
-        return sample.images()
-    except Exception as error:  # whatever a broken picture makes a decoder raise
-        return error
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, items: Iterable[T], work: Callable[[T], Any], depth: int = 16
-) -> Iterator[Any]:
-    """(item, work(item)) in order, the work done up to `depth` items ahead."""
-    waiting: list[tuple[T, Any]] = []
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > depth:
-            item, future = waiting.pop(0)
-            yield item, future.result()
-    for item, future in waiting:
-        yield item, future.result()
-
-
-def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    group: list[T] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _kept(levels: dict[str, Tokens], protocol: EvalProtocol) -> dict[str, Tokens]:

@@ -8,6 +8,7 @@ does no harm: MLflow keeps one of two points with the same metric, step, time an
 Whether the server is there is asked first, with a short time limit.
 """
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from infra import registry, storage
+from training.machine import measure
 from training.spool import Event, Spool
 
 if TYPE_CHECKING:
@@ -155,13 +157,14 @@ class Tracker:
         next_try = next_system = 0.0
         ended = False
         while not ended:
+            if time.monotonic() >= next_system:
+                next_system = time.monotonic() + SYSTEM_SECONDS
+                with contextlib.suppress(Exception):  # a container may hide what is asked for
+                    events.append(
+                        {"kind": "metrics", "values": measure(), "step": self.step, "time": time.time()}
+                    )
             ended = self._gather(events)
             try:
-                if time.monotonic() >= next_system and not ended:
-                    next_system = time.monotonic() + SYSTEM_SECONDS
-                    events.append(
-                        {"kind": "metrics", "values": system(), "step": self.step, "time": time.time()}
-                    )
                 self.spool.write([plain for event in events if (plain := self._plain(event))])
                 events.clear()
                 if self.spool.waiting and (ended or time.monotonic() >= next_try):
@@ -387,29 +390,6 @@ def lineage(shards: str) -> dict[str, str]:
         "data": storage.absolute(shards),
         "data_sha256": hashlib.sha256(index).hexdigest(),
     }
-
-
-def system() -> dict[str, float]:
-    """The machine, by MLflow's names for its own page of system metrics; GPU memory once torch uses a GPU."""
-    import psutil
-
-    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("."), psutil.net_io_counters()
-    values = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
-        "system/disk_usage_percentage": disk.percent,
-        "system/disk_available_megabytes": disk.free / 1e6,
-        "system/network_receive_megabytes": network.bytes_recv / 1e6,
-        "system/network_transmit_megabytes": network.bytes_sent / 1e6,
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        values["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
-        values["system/gpu_0_memory_usage_percentage"] = 100 * (1 - free / total)
-    return values
 
 
 def png(figure: "Figure") -> bytes:
