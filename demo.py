@@ -24,6 +24,8 @@ QUESTIONS = (
     "the blue star grows then the yellow circle moves down",
     "first a green cross spins and after that a green cross goes away",
 )
+DEFAULT_CLIPS = 2000
+"""With fewer there is too little to learn from to ask for a score."""
 MODEL = "models:/hbi@champion"
 
 
@@ -102,6 +104,9 @@ def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int
         print(table(demo), flush=True)
         if serve:
             _keep_serving(tracking, port)
+    metrics = demo.stages["train"]["metrics"]
+    if clips >= DEFAULT_CLIPS and metrics["test/t2v/R@1"] < 1000 / metrics["test/videos"]:
+        raise RuntimeError("text-to-video R@1 is under ten times chance: the model or its training is wrong")
 
 
 def _shard(demo: Demo) -> None:
