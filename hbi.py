@@ -171,11 +171,13 @@ def train(
         tracking: MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
         set: Any field of the run.
     """
+    from training.evaluate import table
     from training.run import train as start
 
     result = start(set, data, out or f"runs/{run}", tracking)
     print(f"model  {result.model}")
-    _print_metrics(result.metrics)
+    for split in dict.fromkeys(metric.split("/")[0] for metric in result.metrics):
+        print(table(result.metrics, split))
     return result
 
 
@@ -227,11 +229,11 @@ def evaluate(
         words: For a published checkpoint: tokens a text is cut to.
         tracking: MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db).
     """
-    from training.evaluate import EvalProtocol, evaluate_command
+    from training.evaluate import EvalProtocol, evaluate_command, table
 
     protocol = EvalProtocol(paragraph, rates, dsl, qbnorm)
     metrics = evaluate_command(model, shards, split, protocol, tracking, tokenizer, words)
-    _print_metrics(metrics)
+    print(table(metrics, split))
     return metrics
 
 
@@ -357,11 +359,6 @@ def serve(
         address = start(folder, index, host, port)
         print(f"search page  {address}/\nschema       {address}/docs\nCtrl-C ends it", flush=True)
         threading.Event().wait()
-
-
-def _print_metrics(metrics: dict[str, float]) -> None:
-    for name, value in sorted(metrics.items()):
-        print(f"{name:24} {value:8.2f}")
 
 
 def _calm() -> dict[str, Any]:
