@@ -18,7 +18,7 @@ from pipelines.records import unfinished
 from pipelines.report import Page
 from pipelines.shards import OUT_IS_FULL, ShardError, ShardSettings
 from pipelines.summary import Summary
-from pipelines.tasks import Done, make_shards, thin_shards
+from pipelines.tasks import Done, make_shards, start_workers, thin_shards
 
 
 def shard(
@@ -46,6 +46,7 @@ def shard(
         if missing:
             clock = time.monotonic()
             with ray_running():
+                start_workers(settings, len(missing))
                 summary.start_seconds = time.monotonic() - clock
                 clock = time.monotonic()
                 _make(out, planned, missing, settings)

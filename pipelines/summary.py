@@ -36,7 +36,7 @@ class Summary:
     decoders: Counter[str] = field(default_factory=Counter)
     """Samples by decoder."""
     start_seconds: float = 0.0
-    """Until Ray was up."""
+    """Until Ray and its workers were up."""
     plan_seconds: float = 0.0
     """For reading the manifest and what was there."""
     work_seconds: float = 0.0

@@ -5,13 +5,14 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from threading import Lock, Timer
 from typing import Any
 
 from pipelines import shards
 from pipelines.child import Decoder
+from pipelines.decode import DecodeError
 from pipelines.plan import Unit
 from pipelines.records import Record
 from pipelines.repeats import thin_shard
@@ -33,6 +34,22 @@ class Done:
     """Manifest rows that it stands for."""
     failures: int
     """How many of them have no sample."""
+
+
+def start_workers(settings: ShardSettings, most: int) -> None:
+    """Starts a worker and its decoder on every CPU, at most `most`: what they import takes seconds, once."""
+    import ray
+
+    warm = ray.remote(num_cpus=1, max_retries=RETRIES)(_warm)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    ray.get([warm.remote(settings) for _ in range(min(cpus, most))])
+
+
+def _warm(settings: ShardSettings) -> None:
+    import ray.data  # noqa: F401 (what the tasks to come will need)
+
+    with _decoder(settings) as decoder, suppress(DecodeError):
+        decoder.decode(b"")
 
 
 def make_shards(out: str, units: list[Unit], settings: ShardSettings, folder: str) -> Iterator[Done]:
