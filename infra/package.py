@@ -78,7 +78,8 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
     @torch.inference_mode()
     def _videos(self, paths: Sequence[str]) -> list[dict[str, Any]]:
         from model.frames import FrameSettings
-        from pipelines.decode import DecodeError, Decoder
+        from pipelines.child import Decoder
+        from pipelines.decode import DecodeError
 
         config = self.model.config
         settings = FrameSettings(count=config.frames, size=config.towers.image_size)

@@ -28,17 +28,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-    from pipelines.child import Decoder as Decoder
-
-
-def __getattr__(name: str) -> object:
-    """`Decoder` belongs here for those who decode, but lives in `pipelines.child`, which imports this module."""
-    if name != "Decoder":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipelines.child import Decoder
-
-    return Decoder
-
 
 DECODERS = ("decord", "pyav")
 MAX_PIXELS = 8192 * 4352

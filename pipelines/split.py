@@ -16,7 +16,8 @@ from typing import Literal
 
 from infra import storage
 from model.frames import FrameSettings
-from pipelines.decode import DecodeError, Decoder
+from pipelines.child import Decoder
+from pipelines.decode import DecodeError
 from pipelines.read import Row, read_manifest, write_manifest
 
 

@@ -11,7 +11,8 @@ import pytest
 from videos import make, number_of, numbered
 
 from model.frames import FrameSettings, fit
-from pipelines.decode import Clip, DecodeError, Decoder, decode_clip, probe
+from pipelines.child import Decoder
+from pipelines.decode import Clip, DecodeError, decode_clip, probe
 
 FEW = FrameSettings(count=6, size=64)
 
