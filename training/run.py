@@ -159,14 +159,12 @@ def _run_on_ray(job: Job) -> Any:
 
 
 def _ray_storage(out: str) -> tuple[str, Any]:
-    """Ray reads storage through pyarrow, which does not know AWS_ENDPOINT_URL."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not storage.is_remote(out) or not endpoint:
+    """Where Ray Train puts its marks. Its own way to s3 knows neither AWS_ENDPOINT_URL nor other servers than AWS."""
+    if not storage.is_remote(out):
         return out, None
-    from pyarrow.fs import S3FileSystem
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    scheme, _, host = endpoint.rpartition("://")
-    return out.removeprefix("s3://"), S3FileSystem(endpoint_override=host, scheme=scheme or "https")
+    return out.removeprefix("s3://"), PyFileSystem(FSSpecHandler(storage.filesystem(out)))
 
 
 @contextlib.contextmanager
