@@ -55,8 +55,9 @@ def corpus(out: Positional[str], clips: int = 2000, seed: int = 0) -> None:
 
     from pipelines.corpus import make_corpus
 
+    making = make_corpus(out, clips, seed)
     with tqdm(total=clips, unit="clip", desc="corpus", **_calm()) as bar:
-        for done in make_corpus(out, clips, seed):
+        for done in making:
             bar.update(done - bar.n)
     print(f"{out}: {clips} clips and manifest.jsonl")
 

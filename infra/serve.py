@@ -17,7 +17,7 @@ from model.frames import from_jpegs
 from model.text import load_tokenizer
 from model.weights import load_model
 from pipelines.child import Decoder
-from pipelines.decode import Clip
+from pipelines.decode import Clip, DecodeError
 
 api = FastAPI(title="hbi", description="Text-to-video search by Hierarchical Banzhaf Interaction.")
 APP_NAME = "hbi"
@@ -70,6 +70,11 @@ class NewVideo(BaseModel):
     end: float | None = None
 
 
+# Above the deployment: Serve takes the class along as it stands when it is decorated, with what it can see by then.
+def _unknown(id: str) -> HTTPException:
+    return HTTPException(404, f"no video {id!r} in the index")
+
+
 @serve.deployment(max_ongoing_requests=16, max_queued_requests=128, ray_actor_options={"num_cpus": 0.5})
 @serve.ingress(api)
 class Search:
@@ -107,7 +112,7 @@ class Search:
         id = request.id or Path(request.video).stem
         try:
             frames, clip = await asyncio.to_thread(self._decode, request)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, DecodeError) as error:
             raise HTTPException(422, f"{request.video}: {error}") from None
         tokens = await asyncio.to_thread(encode_video, self.model, frames[None])
         async with self.adding:
@@ -155,10 +160,6 @@ class Search:
         with Decoder.of_settings(self.index.maker.shards) as decoder:
             clip = decoder.decode(storage.read_bytes(request.video), request.start, request.end)
         return from_jpegs(clip.jpegs), clip
-
-
-def _unknown(id: str) -> HTTPException:
-    return HTTPException(404, f"no video {id!r} in the index")
 
 
 def free_port(host: str, port: int) -> None:

@@ -98,6 +98,10 @@ def make_corpus(out: str, clips: int, seed: int = 0, processes: int | None = Non
         raise ValueError(
             f"--clips {clips}: the corpus has three splits of whole families: ask for {3 * FAMILY} or more"
         )
+    return _make(out, clips, seed, processes)
+
+
+def _make(out: str, clips: int, seed: int, processes: int | None) -> Iterator[int]:
     scripts = _scripts(clips, seed)
     families = math.ceil(clips / FAMILY)
     tests, vals = max(1, round(families / 10)), max(1, round(families / 20))
