@@ -126,7 +126,11 @@ def test_a_killed_driver_is_taken_up_by_the_next(unbroken: Path, ray_session) ->
     (unbroken / "config.json").write_text(config_of().to_json())
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(root)}
-    command = [sys.executable, *(str(unbroken / name) for name in ("driver.py", "config.json", "shards")), str(out)]
+    command = [
+        sys.executable,
+        *(str(unbroken / name) for name in ("driver.py", "config.json", "shards")),
+        str(out),
+    ]
     driver = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
