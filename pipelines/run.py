@@ -46,7 +46,7 @@ def shard(
         if missing:
             clock = time.monotonic()
             with ray_running():
-                start_workers(settings, len(missing))
+                start_workers(settings)
                 summary.start_seconds = time.monotonic() - clock
                 clock = time.monotonic()
                 _make(out, planned, missing, settings)

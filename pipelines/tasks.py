@@ -36,20 +36,20 @@ class Done:
     """How many of them have no sample."""
 
 
-def start_workers(settings: ShardSettings, most: int) -> None:
-    """Starts a worker and its decoder on every CPU, at most `most`: what they import takes seconds, once."""
+def start_workers(settings: ShardSettings) -> None:
+    """Starts Ray Data's own actors, and a worker and its decoder on every CPU: their imports take seconds, once."""
     import ray
 
-    warm = ray.remote(num_cpus=1, max_retries=RETRIES)(_warm)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    ray.get([warm.remote(settings) for _ in range(min(cpus, most))])
+    for _ in _each(
+        functools.partial(_warm, settings), [{"cpu": n} for n in range(int(ray.cluster_resources()["CPU"]))]
+    ):
+        pass
 
 
-def _warm(settings: ShardSettings) -> None:
-    import ray.data  # noqa: F401 (what the tasks to come will need)
-
+def _warm(settings: ShardSettings, row: dict[str, Any]) -> dict[str, Any]:
     with _decoder(settings) as decoder, suppress(DecodeError):
         decoder.decode(b"")
+    return row
 
 
 def make_shards(out: str, units: list[Unit], settings: ShardSettings, folder: str) -> Iterator[Done]:
@@ -77,39 +77,44 @@ def _thin(out: str, repeats: Any, unit: Unit) -> Record:
 
 def _spread(work: Callable[[Unit], Record], units: list[Unit]) -> Iterator[Done]:
     """`work` on every unit; what each says as it finishes, in any order. ShardError where the run must stop."""
+    for start in range(0, len(units), WAVE):
+        wave = [{"unit": json.dumps(astuple(unit))} for unit in units[start : start + WAVE]]
+        for row in _each(functools.partial(_task, work), wave):
+            if row["error"]:
+                raise ShardError(row["error"])
+            yield Done(row["rows"], row["failures"])
+
+
+def _each(
+    task: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Ray Data's map of `task` over `rows`, a task a row, as they finish."""
     import ray.data
     from ray.data.block import BlockAccessor
     from ray.exceptions import RayError, RayTaskError
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for start in range(0, len(units), WAVE):
-        wave = [{"unit": json.dumps(astuple(unit))} for unit in units[start : start + WAVE]]
-        # A block a shard, hence a task a shard.
-        data = ray.data.from_items(wave, override_num_blocks=len(wave))
-        with warnings.catch_warnings():
-            # Ray Data starts a task that kills its worker again for ever; the only bound is an argument that it
-            # calls deprecated without naming another.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            data = data.map(functools.partial(_task, work), num_cpus=1, max_retries=RETRIES)
-        data.context.enable_progress_bars = False
-        data.context.print_on_execution_start = False
-        # A shard may take its time; each clip has its own limit.
-        data.context.execution_no_progress_timeout_s = -1
-        try:
-            # Not iter_rows: where it is left half-way (Ctrl-C), it waits for the running tasks to finish.
-            for bundle in data.iter_internal_ref_bundles():
-                references: list[Any] = bundle.block_refs
-                for reference in references:
-                    block = BlockAccessor.for_block(ray.get(reference))
-                    for row in block.iter_rows(public_row_format=True):
-                        if row["error"]:
-                            raise ShardError(row["error"])
-                        yield Done(row["rows"], row["failures"])
-        except RayTaskError:
-            raise  # our own mistake, with its traceback
-        except RayError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        # Ray Data starts a task that kills its worker again for ever; the only bound is an argument that it calls
+        # deprecated without naming another.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        data = data.map(task, num_cpus=1, max_retries=RETRIES)
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    # A shard may take its time; each clip has its own limit.
+    data.context.execution_no_progress_timeout_s = -1
+    try:
+        # Not iter_rows: where it is left half-way (Ctrl-C), it waits for the running tasks to finish.
+        for bundle in data.iter_internal_ref_bundles():
+            references: list[Any] = bundle.block_refs
+            for reference in references:
+                yield from BlockAccessor.for_block(ray.get(reference)).iter_rows(public_row_format=True)
+    except RayTaskError:
+        raise  # our own mistake, with its traceback
+    except RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
 
 
 def _task(work: Callable[[Unit], Record], row: dict[str, Any]) -> dict[str, Any]:
