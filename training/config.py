@@ -267,7 +267,7 @@ def demo() -> TrainConfig:
         name="demo",
         model=ModelConfig(towers=towers, words=32, frames=6, temporal_layers=2, checkpointing=True),
         data=DataSettings(batch=64, workers=0),
-        optim=OptimSettings(lr=7e-4, backbone_lr=7e-4, weight_decay=0.05, epochs=10),
+        optim=OptimSettings(lr=7e-4, backbone_lr=7e-4, weight_decay=0.05, epochs=12),
         compute=ComputeSettings(bf16=False),
         workers=WorkerSettings(count=2, cpus=0.5),
         evaluate=EvaluateSettings(every_epochs=2),
