@@ -1,6 +1,7 @@
 """The Ray Serve application: a sentence in, ranked videos out, and the reason for each; with the page at `/`."""
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,6 +179,7 @@ def start(model_folder: str, index_folder: str, host: str = "127.0.0.1", port: i
     """Deploys the application on the running Ray and returns its address; ValueError if the port is taken."""
     free_port(host, port)
     TokenIndex.open(index_folder)  # refuse what is no index here, in one line, not in a replica's log
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     serve.run(Search.bind(model_folder, storage.absolute(index_folder)), name=APP_NAME, route_prefix="/")
     return f"http://{host}:{port}"

@@ -62,14 +62,20 @@ class Sample:
 def members_of(sample: Sample) -> list[tuple[str, bytes]]:
     """The tar members of a sample, name and content, in the order in which they are written."""
     meta = {key: value for key, value in asdict(sample).items() if key not in ("key", "frames")}
-    text = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
+    text = json.dumps(meta, ensure_ascii=False, sort_keys=True)
+    try:
+        content = text.encode()
+    except (
+        UnicodeEncodeError
+    ):  # half a character, or a file name that is not UTF-8: JSON's own escapes hold both
+        content = json.dumps(meta, sort_keys=True).encode()
     frames = [(f"{sample.key}.{i:02d}.jpg", jpeg) for i, jpeg in enumerate(sample.frames)]
-    return [(f"{sample.key}.json", text), *frames]
+    return [(f"{sample.key}.json", content), *frames]
 
 
 def sample_of(key: str, members: dict[str, bytes]) -> Sample:
     """The inverse of `members_of`; `members` maps what follows the key's dot to content. KeyError without json."""
-    meta = json.loads(members["json"].decode("utf-8", "surrogateescape"))
+    meta = json.loads(members["json"])
     known = {f.name for f in fields(Sample)} - {"key", "frames"}
     names = sorted((name for name in members if name.endswith(".jpg")), key=lambda name: int(name[:-4]))
     return Sample(
