@@ -23,8 +23,6 @@ def ray_running() -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # Its C++ side prints advice on the arguments of Ray Data's own actors as errors.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Workers inherit it; their working directory is not the project's.
     os.environ["PYTHONPATH"] = os.pathsep.join(
         dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
