@@ -57,7 +57,9 @@ def test_a_tar_of_samples_is_read_in_order_and_cut_tars_are_not_silent() -> None
         list(read_shard(io.BytesIO(data[: data.rindex(jpeg(200)) + 50])))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves its file open
 def test_plain_webdataset_groups_the_members(tmp_path) -> None:
     path = tmp_path / "train-000000.tar"
     path.write_bytes(tar_of(SAMPLE, replace(SAMPLE, key="000000008")))
