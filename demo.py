@@ -72,7 +72,7 @@ class Demo:
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[dict[str, Any]]:
-        """Times a stage; what it puts into the dictionary is kept. The context is empty-handed if it ended before."""
+        """Times a stage and keeps what it puts into the dictionary; a stage that fails is not kept."""
         print(f"\n== {name}: {what}", flush=True)
         started = time.perf_counter()
         result: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class Demo:
 
 
 def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int) -> None:
-    """The demo. Raises ValueError where the folder is someone else's, a port is taken, or retrieval is at chance."""
+    """The demo. ValueError: the folder is someone else's, or the port is taken; RuntimeError: R@1 is near chance."""
     from infra.cluster import ray_running
     from infra.serve import free_port
 

@@ -48,7 +48,7 @@ def index_shards(
 ) -> Iterator[tuple[int, int]]:
     """Builds the index `out` of one split, or of all; yields videos done and in all. Needs Ray to be running.
 
-    Raises ValueError where `shards` is no shard folder, holds nothing, or has other frames than the model.
+    Raises ValueError where `shards` is no shard folder or holds nothing. Its frames must be of the model's size.
     """
     import ray
 
