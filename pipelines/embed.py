@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from infra import storage
+from infra.cluster import dataset_of
 from infra.index import Maker, PartWriter, Video, encode_video
 from model.interaction import Tokens
 from pipelines.sample import Sample, ShardIndex, read_shard
@@ -61,7 +62,7 @@ def index_shards(
     workers = gpus or max(1, min(len(rows), int(ray.cluster_resources().get("CPU", 1)) - 1))
     parts = []
     done, total = 0, sum(shard.samples for shard in wanted)
-    embedded = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    embedded = dataset_of(rows).map(
         EmbedShard,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
         fn_constructor_args=(model_folder, storage.absolute(out), batch, gpus > 0),
         concurrency=workers,

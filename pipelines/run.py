@@ -18,7 +18,7 @@ from pipelines.records import unfinished
 from pipelines.report import Page
 from pipelines.shards import OUT_IS_FULL, ShardError, ShardSettings
 from pipelines.summary import Summary
-from pipelines.tasks import Done, make_shards, start_workers, thin_shards
+from pipelines.tasks import Done, make_shards, thin_shards
 
 
 def shard(
@@ -46,11 +46,9 @@ def shard(
         if missing:
             clock = time.monotonic()
             with ray_running():
-                start_workers(settings)
                 summary.start_seconds = time.monotonic() - clock
-                clock = time.monotonic()
-                _make(out, planned, missing, settings)
-                summary.work_seconds = time.monotonic() - clock
+                _make(out, planned, missing, settings, summary)
+                summary.work_seconds = time.monotonic() - clock - summary.start_seconds
         page = Page()
         for record in records.write_index(out, planned):
             summary.add(record)
@@ -69,24 +67,28 @@ def _plan(manifest: str, out: str, settings: ShardSettings) -> Plan:
         return plan(manifest, out, settings.identity(), settings.samples_per_shard, progress)
 
 
-def _make(out: str, planned: Plan, missing: list[Unit], settings: ShardSettings) -> None:
+def _make(out: str, planned: Plan, missing: list[Unit], settings: ShardSettings, summary: Summary) -> None:
     """Makes the missing shards, in two passes where clips are compared with each other."""
     if not settings.compares:
-        _follow("shard", missing, make_shards(out, missing, settings, out))
+        _follow("shard", missing, make_shards(out, missing, settings, out), summary)
         return
     first = storage.join(out, repeats.FIRST)
     wanted = {unit.name for unit in missing}
     others = [unit for unit in planned.units if unit.name not in wanted]
     # Of the others only the prints are needed, which lie in their records.
-    found = [*unfinished(first, missing), *unfinished(first, others, tars=False)]
-    lacking = [unit for unit, record in found if record is None]
-    _follow("shard", lacking, make_shards(out, lacking, settings, first))
-    _follow("compare", missing, thin_shards(out, missing, repeats.repeats_of(out, planned, settings.filters)))
+    there = [*unfinished(first, missing), *unfinished(first, others, tars=False)]
+    lacking = [unit for unit, record in there if record is None]
+    _follow("shard", lacking, make_shards(out, lacking, settings, first), summary)
+    found = repeats.repeats_of(out, planned, settings.filters)
+    _follow("compare", missing, thin_shards(out, missing, found), summary)
     repeats.forget_tars(out, planned)
 
 
-def _follow(what: str, units: list[Unit], tasks: Iterator[Done]) -> None:
+def _follow(what: str, units: list[Unit], tasks: Iterator[Done], summary: Summary) -> None:
     """Shows the progress of tasks: clips, clips per second, time left."""
+    clock = time.monotonic()
+    next(tasks, None)
+    summary.start_seconds += time.monotonic() - clock
     slow = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=sum(unit.rows for unit in units), unit="clip", desc=what, mininterval=slow) as bar:
         failures = 0

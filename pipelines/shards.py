@@ -11,13 +11,14 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from infra import storage
 from model.frames import FrameSettings
@@ -29,6 +30,7 @@ from pipelines.read import Row
 from pipelines.records import ClipFacts, Failure, Record, record_path, spool_of
 from pipelines.sample import Sample, ShardInfo, members_of
 
+Item = TypeVar("Item")
 OUT_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -109,16 +111,16 @@ def make_shard(
         clips: list[ClipFacts] = []
         prints: list[tuple[int, Print]] = []
         rows = read_unit(out, unit)
-        with ShardWriter(stream) as writer:
-            for key, row, video in _fetched(rows, spool):
-                result = _sample(key, row, video, settings.filters, decoder)
+        made = _ahead(_made(rows, spool, settings, decoder))
+        with ShardWriter(stream) as writer, closing(made):
+            for key, result, found in made:
                 if isinstance(result, Failure):
                     failures.append(result)
                     continue
                 writer.add(result)
                 clips.append(facts_of(result))
-                if settings.compares and isinstance(video, str):
-                    prints.append((int(key), print_of(result.frames, video, row, settings.filters)))
+                if found is not None:
+                    prints.append((int(key), found))
         if len(rows) > 2 and len(failures) == len(rows) and all(failure.passing for failure in failures):
             raise storage.StorageError(failures[0].reason)
         return Record(ShardInfo(unit.name, unit.split, len(clips), 0, ""), len(rows), failures, clips, prints)
@@ -166,6 +168,27 @@ class ShardWriter:
             header = tarfile.TarInfo(name)
             header.size, header.mode = len(content), 0o644
             self._tar.addfile(header, BytesIO(content))
+
+
+def _ahead(items: Iterator[Item]) -> Generator[Item]:
+    """The items; a thread makes the next one while one is used: a decoder never waits for the tar."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = maker.submit(next, items, None)
+            yield item
+
+
+def _made(
+    rows: list[tuple[str, Row]], spool: str, settings: ShardSettings, decoder: Decoder
+) -> Iterator[tuple[str, Sample | Failure, Print | None]]:
+    """What becomes of each row, and the print of a sample where clips are compared with each other."""
+    for key, row, video in _fetched(rows, spool):
+        result = _sample(key, row, video, settings.filters, decoder)
+        found = None
+        if settings.compares and isinstance(result, Sample) and isinstance(video, str):
+            found = print_of(result.frames, video, row, settings.filters)
+        yield key, result, found
 
 
 def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row, str | Failure]]:

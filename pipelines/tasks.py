@@ -1,17 +1,14 @@
-"""Ray Data over shards: one task a shard on every CPU, each with a decoder of its own."""
+"""Ray Data over shards: a worker on every CPU, each with a decoder of its own, and a shard at a time."""
 
-import functools
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass
-from threading import Lock, Timer
 from typing import Any
 
+from infra.cluster import dataset_of
 from pipelines import shards
-from pipelines.child import Decoder
 from pipelines.decode import DecodeError
 from pipelines.plan import Unit
 from pipelines.records import Record
@@ -22,13 +19,13 @@ WAVE = 2000
 """Shards given to Ray Data at once: what the driver holds does not grow with the corpus."""
 RETRIES = 2
 """How often a shard is begun again after its worker died."""
-IDLE_SECONDS = 5.0
-"""A decoder is kept so long for its worker's next shard."""
+WAITING = 2
+"""Shards that a worker is given at once. Ray Data sees a tenth of a second late that one is done: the next is there."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a task says of its shard."""
+    """What a worker says of its shard; the first of all, of no rows, says that the workers are up."""
 
     rows: int
     """Manifest rows that it stands for."""
@@ -36,74 +33,82 @@ class Done:
     """How many of them have no sample."""
 
 
-def start_workers(settings: ShardSettings) -> None:
-    """Starts Ray Data's own actors, and a worker and its decoder on every CPU: their imports take seconds, once."""
-    import ray
+class ShardMaker:
+    """A worker with a decoder of its own: makes the shard of each unit that it gets."""
 
-    for _ in _each(
-        functools.partial(_warm, settings), [{"cpu": n} for n in range(int(ray.cluster_resources()["CPU"]))]
-    ):
-        pass
+    def __init__(self, out: str, settings: ShardSettings, folder: str) -> None:
+        self.out, self.settings, self.folder = out, settings, folder
+        self.decoder = shards.decoder(settings)
+        with suppress(DecodeError):
+            self.decoder.decode(b"")  # starts the child: its imports take a moment, once
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _answer(
+            row, lambda unit: shards.make_shard(self.out, unit, self.settings, self.decoder, self.folder)
+        )
 
 
-def _warm(settings: ShardSettings, row: dict[str, Any]) -> dict[str, Any]:
-    with _decoder(settings) as decoder, suppress(DecodeError):
-        decoder.decode(b"")
-    return row
+class ShardThinner:
+    """A worker that copies the shard of each unit that it gets, without the rows that repeat earlier ones."""
+
+    def __init__(self, out: str, repeats: Any) -> None:
+        import ray
+
+        self.out = out
+        self.repeats: dict[int, str] = ray.get(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _answer(row, lambda unit: thin_shard(self.out, unit, self.repeats))
 
 
 def make_shards(out: str, units: list[Unit], settings: ShardSettings, folder: str) -> Iterator[Done]:
     """Makes the shards of `units`, planned in `out`, in `folder`; yields as they finish."""
-    return _spread(functools.partial(_make, out, settings, folder), units)
+    return _spread(ShardMaker, (out, settings, folder), units)
 
 
 def thin_shards(out: str, units: list[Unit], repeats: dict[int, str]) -> Iterator[Done]:
     """Copies shards of the first pass to `out`, without the rows of `repeats`; yields as they finish."""
     import ray
 
-    return _spread(functools.partial(_thin, out, ray.put(repeats)), units)
+    return _spread(ShardThinner, (out, ray.put(repeats)), units)
 
 
-def _make(out: str, settings: ShardSettings, folder: str, unit: Unit) -> Record:
-    with _decoder(settings) as decoder:
-        return shards.make_shard(out, unit, settings, decoder, folder)
-
-
-def _thin(out: str, repeats: Any, unit: Unit) -> Record:
+def _spread(worker: type, arguments: tuple[Any, ...], units: list[Unit]) -> Iterator[Done]:
+    """The units to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop."""
     import ray
 
-    return thin_shard(out, unit, ray.get(repeats))
-
-
-def _spread(work: Callable[[Unit], Record], units: list[Unit]) -> Iterator[Done]:
-    """`work` on every unit; what each says as it finishes, in any order. ShardError where the run must stop."""
-    for start in range(0, len(units), WAVE):
-        wave = [{"unit": json.dumps(astuple(unit))} for unit in units[start : start + WAVE]]
-        for row in _each(functools.partial(_task, work), wave):
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    wave = max(WAVE, 100 * cpus)
+    for start in range(0, len(units), wave):
+        given = [json.dumps(astuple(unit)) for unit in units[start : start + wave]]
+        # One more, of nothing: the answer to it says that a worker is up.
+        answers = _each(worker, arguments, min(cpus, len(given)), [{"unit": unit} for unit in ["", *given]])
+        for number, row in enumerate(answers):
             if row["error"]:
                 raise ShardError(row["error"])
-            yield Done(row["rows"], row["failures"])
+            if row["rows"] or not (start or number):
+                yield Done(row["rows"], row["failures"])
 
 
 def _each(
-    task: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]
+    worker: type, arguments: tuple[Any, ...], workers: int, rows: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Ray Data's map of `task` over `rows`, a task a row, as they finish."""
+    """What the workers say of each of `rows`, as they finish."""
     import ray.data
     from ray.data.block import BlockAccessor
     from ray.exceptions import RayError, RayTaskError
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
     with warnings.catch_warnings():
-        # Ray Data starts a task that kills its worker again for ever; the only bound is an argument that it calls
+        # Ray Data begins a shard that kills its worker again for ever; the only bound is an argument that it calls
         # deprecated without naming another.
         warnings.simplefilter("ignore", DeprecationWarning)
-        data = data.map(task, num_cpus=1, max_retries=RETRIES)
-    data.context.enable_progress_bars = False
-    data.context.print_on_execution_start = False
-    # A shard may take its time; each clip has its own limit.
-    data.context.execution_no_progress_timeout_s = -1
+        data = dataset_of(rows).map(
+            worker,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=WAITING),
+            num_cpus=1,
+            max_task_retries=RETRIES,
+        )
     try:
         # Not iter_rows: where it is left half-way (Ctrl-C), it waits for the running tasks to finish.
         for bundle in data.iter_internal_ref_bundles():
@@ -117,50 +122,12 @@ def _each(
         raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
 
 
-def _task(work: Callable[[Unit], Record], row: dict[str, Any]) -> dict[str, Any]:
-    """What Ray runs. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
+def _answer(row: dict[str, Any], work: Callable[[Unit], Record]) -> dict[str, Any]:
+    """What a worker says. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
+    if not row["unit"]:
+        return {"error": "", "rows": 0, "failures": 0}
     try:
         record = work(Unit(*json.loads(row["unit"])))
     except ShardError as error:
         return {"error": str(error), "rows": 0, "failures": 0}
     return {"error": "", "rows": record.rows, "failures": len(record.failures)}
-
-
-# --- The worker's decoder -------------------------------------------------------------------------------------------
-_idle: tuple[ShardSettings, Decoder, Timer] | None = None
-_idle_lock = Lock()
-
-
-@contextmanager
-def _decoder(settings: ShardSettings) -> Iterator[Decoder]:
-    """The decoder of this worker's last shard, or a new one: starting one costs as much as decoding many clips."""
-    global _idle
-    with _idle_lock:
-        last, _idle = _idle, None
-    if last is not None:
-        last[2].cancel()
-    if last is not None and last[0] == settings:
-        decoder = last[1]
-    else:
-        if last is not None:
-            last[1].close()
-        decoder = shards.decoder(settings)
-    try:
-        yield decoder
-    except BaseException:
-        decoder.close()
-        raise
-    timer = Timer(IDLE_SECONDS, _close_idle)
-    timer.daemon = True
-    with _idle_lock:
-        _idle = settings, decoder, timer
-    timer.start()
-
-
-def _close_idle() -> None:
-    """Ends a decoder that waited in vain for its worker's next shard."""
-    global _idle
-    with _idle_lock:
-        last, _idle = _idle, None
-    if last is not None:
-        last[1].close()
