@@ -98,9 +98,9 @@ class PartWriter:
         storage.write_bytes(storage.join(self.folder, f"{name}.safetensors"), save(arrays))
         return {"name": name, "videos": len(videos)}
 
-    def finish(self, maker: Maker, parts: list[dict[str, Any]], removed: Sequence[str] = ()) -> None:
-        """Writes `index.json`: from now on the folder is an index of just these parts, less the removed ids."""
-        about = {"version": 1, **asdict(maker), "parts": parts, "removed": sorted(removed)}
+    def finish(self, maker: Maker, parts: list[dict[str, Any]]) -> None:
+        """Writes `index.json`: from now on the folder is an index of just these parts."""
+        about = {"version": 1, **asdict(maker), "parts": parts}
         storage.write_bytes(storage.join(self.folder, INDEX_NAME), json.dumps(about, indent=1).encode())
 
 
@@ -129,13 +129,19 @@ class TokenIndex:
             lines = storage.read_bytes(f"{stem}.jsonl").decode("utf-8", "surrogateescape").splitlines()
             videos += [Video(**json.loads(line)) for line in lines]
         maker = Maker(about["model"], about["tracking"], about["shards"])
-        index = TokenIndex(maker, _stack(parts), videos)
-        return index.without(about["removed"]) if about["removed"] else index
+        return TokenIndex(maker, _stack(parts), videos)
 
     def save(self, folder: str) -> None:
         """Writes the index as one part."""
         writer = PartWriter(folder)
         writer.finish(self.maker, [writer.write("part-000000", self.tokens, self.videos)])
+
+    def position(self, id: str) -> int:
+        """Where a video stands; KeyError if it is not held."""
+        for position, video in enumerate(self.videos):
+            if video.id == id:
+                return position
+        raise KeyError(id)
 
     def without(self, ids: Sequence[str]) -> "TokenIndex":
         """The index less some ids; KeyError names one that it does not hold."""
@@ -172,9 +178,7 @@ class TokenIndex:
     @torch.inference_mode()
     def explain(self, query: Tokens, id: str) -> tuple[Float[Tensor, "words frames"], Video]:
         """The exact Banzhaf interaction of each word with each frame of one video; KeyError if it is not held."""
-        position = next((i for i, video in enumerate(self.videos) if video.id == id), None)
-        if position is None:
-            raise KeyError(id)
+        position = self.position(id)
         tokens, logits, mask = (part[position : position + 1] for part in self.tokens)
         words = torch.nn.functional.normalize(query.tokens.float(), dim=-1)
         similarity = words @ tokens.float().transpose(1, 2)

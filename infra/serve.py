@@ -134,9 +134,10 @@ class Search:
     @api.get("/media/{id:path}")
     def media(self, id: str) -> Response:
         """The source video of an id in the index, for the page."""
-        video = next((v for v in self.index.videos if v.id == id), None)
-        if video is None:
-            raise _unknown(id)
+        try:
+            video = self.index.videos[self.index.position(id)]
+        except KeyError:
+            raise _unknown(id) from None
         try:
             if storage.is_remote(video.video):
                 return Response(storage.read_bytes(video.video), media_type="video/mp4")

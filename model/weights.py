@@ -98,6 +98,25 @@ def load_model(folder: str | Path) -> HBI:
     ValueError, in one line, for a file that is missing, cut short or changed.
     """
     folder = Path(folder)
+    config, digests = _described(folder)
+    for name, digest in {WEIGHTS: "", **digests}.items():
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} is no whole model: it has no {name}")
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
+    model = HBI(config)
+    load_strictly(model, load((folder / WEIGHTS).read_bytes()), str(folder / WEIGHTS))
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The configuration of a model that `save_model` wrote; ValueError, in one line, where there is none."""
+    return _described(Path(folder))[0]
+
+
+def _described(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
+    """What a model folder says of itself: the configuration, and the digest of each file."""
     try:
         described = json.loads((folder / CONFIG).read_text())
         digest, version, digests = described[DIGEST], described["format"], described["sha256"]
@@ -112,12 +131,4 @@ def load_model(folder: str | Path) -> HBI:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from None
     if version != FORMAT:
         raise ValueError(f"{folder / CONFIG}: format is {version}, this version reads {FORMAT}")
-    for name, digest in {WEIGHTS: "", **digests}.items():
-        if not (folder / name).exists():
-            raise ValueError(f"{folder} is no whole model: it has no {name}")
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
-    model = HBI(config)
-    load_strictly(model, load((folder / WEIGHTS).read_bytes()), str(folder / WEIGHTS))
-    return model.eval()
+    return config, digests

@@ -38,6 +38,8 @@ HEADER = struct.Struct("<IQ")
 MIB = 1 << 20
 WATCH_SECONDS = 0.025
 """How often the memory of a busy child is looked at."""
+LEAK = 256 * MIB
+"""A child that keeps more than this between clips is replaced."""
 CUT_SIDE = 256
 """Long side in pixels of the frames in which cuts are looked for."""
 
@@ -59,7 +61,7 @@ class Decoder:
         settings: FrameSettings,
         clip_timeout: float = 60.0,
         clip_memory: int = 2048 * MIB,
-        renew_after: int = 500,
+        renew_after: int = 2000,
         quality: int | None = None,
     ) -> None:
         self.settings = settings
@@ -182,8 +184,8 @@ class _Child:
         self.idle = self.resident()
 
     def swollen(self) -> bool:
-        """Whether it still holds half of what a clip may take, though it has nothing to do: a leak."""
-        return self.resident() > self.idle + self.memory // 2
+        """Whether it still holds much of what a clip may take, though it has nothing to do: a leak."""
+        return self.resident() > self.idle + min(LEAK, self.memory // 2)
 
     def exchange(
         self, request: dict[str, Any], payload: bytes, deadline: float, timeout: float

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 DECODERS = ("decord", "pyav")
 MAX_PIXELS = 8192 * 4352
 """Pixels of the largest frame that is decoded (8K DCI and UHD fit): RGB of it is 107 MB."""
+LONGEST_SECONDS = 10 * 24 * 3600
+"""A file that claims to be longer has times that mean nothing."""
+RATES = (0.01, 1000.0)
+"""Frames per second that are believed of a header."""
 KEPT_PACKETS_BYTES = 64 << 20
 """Up to so many compressed bytes are kept between the two passes over a file; beyond, it is read twice."""
 
@@ -105,7 +109,7 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
         options["analyzeduration"] = "1"  # mp4 and Matroska say what is in them: decode nothing to find out
     try:
         container = av.open(source, options=options, metadata_errors="replace")
-    except (av.FFmpegError, ValueError, OverflowError) as error:
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         raise DecodeError(why_unreadable(source, head, size, str(failed(error)))) from error
     try:
         stream = cast("VideoStream | None", container.streams.best("video"))
@@ -153,19 +157,27 @@ class Timeline:
     cut: bool
     """Some packets are not shown, and known: those that an edit list leaves out, and VP8's reference frames."""
     hidden: bool
-    """Some packets share a time stamp: not each is a frame of its own, and which are is not known."""
+    """Packets and frames do not match one by one: some packets share a time stamp, or frames have other stamps."""
+    leaps: bool
+    """Decoding may begin anew at each keyframe: nothing that is shown after it refers to what came before it."""
     packets: "list[Packet] | None"
     """The packets themselves, if they are few enough bytes."""
 
 
 def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timeline | None:
-    """One pass over the packets; None if they carry no time stamps (raw elementary streams)."""
+    """One pass over the packets; None if they carry no time stamps (raw elementary streams), or none that is true."""
+    if container.format.name in ("obu", "av1"):
+        return None
     order: list[int] = []
     keys: list[bool] = []
     shown: set[int] = set()
     kept: list[Packet] | None = []
-    vp8 = stream.codec_context.codec.canonical_name == "vp8"
-    size, cut, hidden, longest = 0, False, False, (-(1 << 62), 0)
+    codec = stream.codec_context.codec.canonical_name
+    # AVI has no presentation times. Of H.264 with reordered frames the demuxer's guesses are those of another order.
+    hidden = (
+        container.format.name == "avi" and codec in ("h264", "hevc") and stream.codec_context.has_b_frames
+    )
+    size, cut, leaps, key, longest = 0, False, True, -(1 << 62), (-(1 << 62), 0)
     for packet in _demuxed(container, stream):
         stamp = packet.pts
         if stamp is None:
@@ -173,12 +185,16 @@ def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timelin
         order.append(stamp)
         keys.append(packet.is_keyframe)
         # VP8 says in its first byte whether a frame is shown, or only referred to.
-        if packet.is_discard or (vp8 and not memoryview(packet)[0] >> 4 & 1):
+        if packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] >> 4 & 1):
             cut = True
         else:
             hidden = hidden or stamp in shown
             shown.add(stamp)
             longest = max(longest, (stamp, packet.duration or 0))
+        if packet.is_keyframe:
+            key = stamp
+            leaps = leaps and (codec != "h264" or _is_idr(packet, stream.codec_context.extradata))
+        leaps = leaps and stamp >= key
         if kept is not None:
             size += packet.size
             kept.append(packet)
@@ -193,11 +209,13 @@ def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timelin
     begin = (container.start_time or 0) / 1e6
     anywhere = container.format.name in ("mpegts", "mpeg") or begin >= 1
     times = stamps * float(time_base)
-    times -= begin if anywhere else min(0.0, times[0])
+    times -= min(begin if anywhere else 0.0, times[0])
     if container.format.name == "gif" and len(times) > 1:
         # As browsers and players show it: a delay below 0.02 s is one of 0.1 s.
         delays = np.diff(times)
         times[1:] = times[0] + np.cumsum(np.where(delays < 0.0199, 0.1, delays))
+    if times[-1] > LONGEST_SECONDS or len(times) - 1 > RATES[1] * (times[-1] - times[0]):
+        return None
     return Timeline(
         stamps,
         times,
@@ -207,8 +225,22 @@ def read_timeline(container: "InputContainer", stream: "VideoStream") -> Timelin
         max(0.0, (container.duration or 0) / 1e6),
         cut,
         hidden,
+        leaps,
         kept,
     )
+
+
+def _is_idr(packet: "Packet", extradata: bytes | None) -> bool:
+    """Whether an H.264 packet of an mp4 or Matroska file holds an IDR picture: other keyframes are points from which a
+    picture is whole after a while."""
+    if not extradata or extradata[0] != 1:
+        return False  # not in units with their length in front
+    prefix, data, place = (extradata[4] & 3) + 1, memoryview(packet), 0
+    while place + prefix < len(data):
+        if data[place + prefix] & 31 == 5:
+            return True
+        place += prefix + int.from_bytes(data[place : place + prefix])
+    return False
 
 
 def _demuxed(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet]":
@@ -239,6 +271,8 @@ def decode_clip(
     data: the file's bytes, or its path. decoders: which may be used, in order of preference. `trying` is told the
     decoder before each attempt. A file can hang or kill the process: `Decoder` contains that.
     """
+    import av
+
     if start is not None and end is not None and not start < end:
         raise DecodeError(f"the clip ends ({end:g} s) before it starts ({start:g} s)")
     with _source(data) as source, opened(source) as (container, stream):
@@ -256,6 +290,8 @@ def decode_clip(
                 return _by_pyav(source, stream, timeline, settings, start, end)
             except DecodeError as reason:
                 error = reason
+            except (av.FFmpegError, OSError) as reason:
+                error = failed(reason)
         assert error is not None
         raise error
 
@@ -278,9 +314,10 @@ def _source(data: bytes | Path | str) -> Iterator[BinaryIO]:
         yield stream
 
 
-# decord 0.6.0 carries an FFmpeg of 2019. Measured against a sequential decode of real clips: it opens no AV1, GIF or
-# raw stream, misses frames when it seeks in HEVC, and hangs for good on MPEG-TS with B-frames.
-DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv"}
+# decord 0.6.0 carries an FFmpeg of 2019. Measured against a sequential decode of real and made clips: it opens no AV1,
+# GIF or raw stream, misses frames when it seeks in HEVC, in AVI and FLV with reordered frames, and wherever a frame
+# after a keyframe refers to one before it, and hangs for good on MPEG-TS with B-frames.
+DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 DECORD_CODECS = {"h264", "vp8", "vp9", "mpeg4", "h263", "mjpeg"}
 
 
@@ -291,6 +328,7 @@ def _decord_is_right(container: "InputContainer", stream: "VideoStream", timelin
         timeline is not None
         and not timeline.cut
         and not timeline.hidden
+        and timeline.leaps
         and container.format.name in DECORD_FORMATS
         and context.codec.canonical_name in DECORD_CODECS
         and "10" not in (context.pix_fmt or "")
@@ -326,7 +364,7 @@ def small_frames(data: bytes | Path | str, side: int) -> Iterator[tuple[float, n
     with _source(data) as source:
         with opened(source) as (container, stream):
             timeline = read_timeline(container, stream)
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            rate = _stated_rate(stream) or 25.0
         for index, frame in enumerate(_decoded(source)):
             time = index / rate
             if timeline is not None and frame.pts is not None:
@@ -542,7 +580,7 @@ def upright(frame: "VideoFrame") -> tuple[np.ndarray, bool]:
 def _decoded_times(source: BinaryIO, timeline: Timeline | None) -> np.ndarray:
     """Presentation times in seconds of every frame that decodes, increasing."""
     with opened(source) as (_, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = _stated_rate(stream) or 25.0
     stamps = [frame.pts for frame in _decoded(source)]
     if not stamps:
         raise DecodeError(
@@ -591,11 +629,19 @@ def _clip(
     )
 
 
+def _stated_rate(stream: "VideoStream") -> float:
+    """Frames per second by the headers; 0 where they say nothing that is believed."""
+    for rate in (stream.average_rate, stream.guessed_rate):
+        if rate and RATES[0] <= rate <= RATES[1]:
+            return float(rate)
+    return 0.0
+
+
 def _rate_and_length(
     stream: "VideoStream", times: np.ndarray, timeline: Timeline | None
 ) -> tuple[float, float]:
     """Average frames per second, and length in seconds. Headers may lie: the frames' own times decide."""
-    stated = float(stream.average_rate or 0)
+    stated = _stated_rate(stream)
     counted = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else 0.0
     fps = stated if stated and (not counted or abs(stated / counted - 1) < 0.02) else counted
     tail = timeline.tail if timeline else 0.0

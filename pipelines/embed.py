@@ -8,7 +8,8 @@ from infra import storage
 from infra.cluster import dataset_of
 from infra.index import Maker, PartWriter, Video, encode_video
 from model.interaction import Tokens
-from pipelines.sample import Sample, ShardIndex, read_shard
+from model.weights import read_config
+from pipelines.sample import Sample, ShardIndex, check_shards, read_shard
 
 
 class EmbedShard:
@@ -49,12 +50,13 @@ def index_shards(
 ) -> Iterator[tuple[int, int]]:
     """Builds the index `out` of one split, or of all; yields videos done and in all. Needs Ray to be running.
 
-    Raises ValueError where `shards` is no shard folder or holds nothing. Its frames must be of the model's size.
+    Raises ValueError where `shards` is no shard folder, holds nothing, or holds frames that the model does not take.
     """
     import ray
 
     index = ShardIndex.read(shards)
     wanted = index.of_split(split) if split else [shard for shard in index.shards if shard.samples]
+    check_shards(index, read_config(model_folder))
     if not wanted:
         raise ValueError(f"{shards}: no samples to index: look into failures.jsonl there")
     rows = [{"path": index.path(shard), "name": shard.name.removesuffix(".tar")} for shard in wanted]

@@ -86,9 +86,10 @@ def _make(out: str, planned: Plan, missing: list[Unit], settings: ShardSettings,
 
 def _follow(what: str, units: list[Unit], tasks: Iterator[Done], summary: Summary) -> None:
     """Shows the progress of tasks: clips, clips per second, time left."""
-    clock = time.monotonic()
-    next(tasks, None)
-    summary.start_seconds += time.monotonic() - clock
+    begin = time.time()
+    ready = next(tasks, None)
+    if ready is not None:  # by the worker's own clock, which may be another machine's
+        summary.start_seconds += min(max(0.0, ready.time - begin), time.time() - begin)
     slow = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=sum(unit.rows for unit in units), unit="clip", desc=what, mininterval=slow) as bar:
         failures = 0

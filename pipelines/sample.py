@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from infra import storage
+from model.config import ModelConfig
 from model.frames import from_jpegs
 
 INDEX_NAME = "index.json"
@@ -154,3 +155,17 @@ class ShardIndex:
     def path(self, shard: ShardInfo) -> str:
         """Where a shard lies."""
         return storage.join(self.folder, shard.name)
+
+
+def check_shards(index: ShardIndex, model: ModelConfig, flags: str = "") -> None:
+    """Refuses shards whose frames are not those that the model takes. flags: where the caller can set the model's."""
+    expected = {"frames": model.frames, "size": model.towers.image_size}
+    for name, ours in expected.items():
+        theirs = index.settings.get(name)
+        if theirs is not None and theirs != ours:
+            field = "frames" if name == "frames" else "towers.image-size"
+            raise ValueError(
+                f"{index.folder}: shards made with {name} {theirs}, but the model takes {ours}: make them with "
+                f"`hbi shard --frames {expected['frames']} --size {expected['size']}`"
+                + (f", or set {flags}{field} {theirs}" if flags else "")
+            )

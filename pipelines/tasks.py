@@ -1,6 +1,7 @@
 """Ray Data over shards: a worker on every CPU, each with a decoder of its own, and a shard at a time."""
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,12 +26,14 @@ WAITING = 2
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker says of its shard; the first of all, of no rows, says that the workers are up."""
+    """What a worker says of its shard; the first of all, of no rows, says that a worker is up."""
 
     rows: int
     """Manifest rows that it stands for."""
     failures: int
     """How many of them have no sample."""
+    time: float
+    """When it was said, in seconds since 1970."""
 
 
 class ShardMaker:
@@ -87,7 +90,7 @@ def _spread(worker: type, arguments: tuple[Any, ...], units: list[Unit]) -> Iter
             if row["error"]:
                 raise ShardError(row["error"])
             if row["rows"] or not (start or number):
-                yield Done(row["rows"], row["failures"])
+                yield Done(row["rows"], row["failures"], row["time"])
 
 
 def _each(
@@ -124,10 +127,11 @@ def _each(
 
 def _answer(row: dict[str, Any], work: Callable[[Unit], Record]) -> dict[str, Any]:
     """What a worker says. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
+    answer = {"error": "", "rows": 0, "failures": 0, "time": time.time()}
     if not row["unit"]:
-        return {"error": "", "rows": 0, "failures": 0}
+        return answer
     try:
         record = work(Unit(*json.loads(row["unit"])))
     except ShardError as error:
-        return {"error": str(error), "rows": 0, "failures": 0}
-    return {"error": "", "rows": record.rows, "failures": len(record.failures)}
+        return answer | {"error": str(error)}
+    return answer | {"rows": record.rows, "failures": len(record.failures), "time": time.time()}

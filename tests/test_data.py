@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from training_shards import FRAMES, SIZE, make_shards, sample, tiny_model, tiny_run, write_shard
 
 from infra import storage
-from pipelines.sample import ShardIndex
+from pipelines.sample import ShardIndex, check_shards
 from training.data import (
     Loader,
     Position,
     ShardCache,
     caption_number,
     captions_of,
-    check_shards,
     deal,
     epoch_order,
     index_digest,
@@ -215,12 +214,14 @@ def test_shards_of_other_frames_are_refused_with_the_mend(tmp_path: Path) -> Non
     index = make_shards(tmp_path, train=[1])
     check_shards(index, tiny_model())
     with pytest.raises(
-        ValueError, match=r"frames 4, but the run's model takes 6: .*hbi shard --frames 6 --size 16"
+        ValueError, match=r"frames 4, but the model takes 6: .*hbi shard --frames 6 --size 16`$"
     ):
         check_shards(index, tiny_model(frames=6))
     towers = replace(tiny_model().towers, image_size=32)
-    with pytest.raises(ValueError, match="size 16, but the run's model takes 32"):
-        check_shards(index, tiny_model(towers=towers))
+    with pytest.raises(
+        ValueError, match=r"size 16, but the model takes 32: .*, or set --model.towers.image-size 16$"
+    ):
+        check_shards(index, tiny_model(towers=towers), "--model.")
 
 
 def test_captions_of_all_readable_shards(tmp_path: Path) -> None:

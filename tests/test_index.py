@@ -1,6 +1,5 @@
 """The token index: what was written is read, the best is found, pooling agrees with the exact search."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -80,13 +79,6 @@ def test_adding_replaces_and_removing_removes(tmp_path: Path) -> None:
     less.save(str(tmp_path))
     assert [v.id for v in TokenIndex.open(str(tmp_path)).videos] == ["v2", "v3", "v1"]
     assert less.without(["v1", "v2", "v3"]).search(query(), 5) == []
-
-
-def test_removed_ids_of_the_file_are_not_served(tmp_path: Path) -> None:
-    writer = PartWriter(str(tmp_path))
-    writer.finish(MAKER, [writer.write("p", tokens(3), videos(3))], removed=["v1"])
-    assert json.loads((tmp_path / "index.json").read_text())["removed"] == ["v1"]
-    assert [v.id for v in TokenIndex.open(str(tmp_path)).videos] == ["v0", "v2"]
 
 
 def test_explain_gives_a_number_for_every_word_and_frame() -> None:

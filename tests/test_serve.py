@@ -76,6 +76,15 @@ def test_the_index_holds_every_clip_with_its_times(chain: Path) -> None:
     assert all(len(v.timestamps) == 4 and v.start == 0.0 < v.end for v in index.videos)
 
 
+def test_shards_of_another_size_are_refused(chain: Path, tmp_path: Path) -> None:
+    hbi.shard(str(chain / "corpus" / "manifest.jsonl"), str(tmp_path / "shards"), frames=4, size=48)
+    with pytest.raises(
+        ValueError, match=r"size 48, but the model takes 32: .*hbi shard --frames 4 --size 32"
+    ):
+        hbi.index(str(chain / "model"), str(tmp_path / "shards"), str(tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
 def test_a_served_video_has_the_tokens_of_a_sharded_one(chain: Path) -> None:
     index = TokenIndex.open(str(chain / "index"))
     model = load_model(str(chain / "model")).eval()

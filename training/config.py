@@ -12,6 +12,9 @@ from typing import Any, Literal, get_type_hints
 from model.config import ModelConfig, TowerConfig
 from model.losses import LossSettings
 
+MODEL_FLAGS = "--set.model."
+"""Where `hbi train` takes the model's sizes."""
+
 
 @dataclass(frozen=True)
 class DataSettings:

@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from infra import storage
-from model.config import ModelConfig
 from pipelines.sample import ShardIndex
 from training.config import TrainConfig
 from training.parallel import Place
@@ -361,19 +360,6 @@ class Loader:
         if iterator is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
-
-
-def check_shards(index: ShardIndex, model: ModelConfig) -> None:
-    """Refuses shards whose frames are not those that the model was made for."""
-    expected = {"frames": model.frames, "size": model.towers.image_size}
-    for name, ours in expected.items():
-        theirs = index.settings.get(name)
-        if theirs is not None and theirs != ours:
-            raise ValueError(
-                f"{index.folder}: shards made with {name} {theirs}, but the run's model takes {ours}: "
-                f"make them with `hbi shard --frames {expected['frames']} --size {expected['size']}`, "
-                f"or set --set.model.{'frames' if name == 'frames' else 'towers.image-size'} {theirs}"
-            )
 
 
 def index_digest(index: ShardIndex) -> str:

@@ -23,9 +23,8 @@ from model.interaction import Tokens
 from model.metrics import retrieval_metrics
 from model.text import load_tokenizer, tokenize
 from model.weights import load_model, load_published
-from pipelines.sample import ShardIndex
+from pipelines.sample import ShardIndex, check_shards
 from training.contrast import gather_rows
-from training.data import check_shards
 from training.heldout import grouped, readable
 from training.parallel import Place
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.hbi import HBI, Encoded
 from model.text import tokenize
 from model.weights import build_model, load_estimator
-from pipelines.sample import ShardIndex
+from pipelines.sample import ShardIndex, check_shards
 from training.checkpoint import (
     Checkpoints,
     Progress,
@@ -22,9 +22,9 @@ from training.checkpoint import (
     read_progress,
     write_checkpoint,
 )
-from training.config import TrainConfig
+from training.config import MODEL_FLAGS, TrainConfig
 from training.contrast import backward
-from training.data import Batch, Loader, check_shards, index_digest
+from training.data import Batch, Loader, index_digest
 from training.meter import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
 from training.optim import Average, make_optimizer, schedule, set_learning_rate
 from training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize
@@ -64,7 +64,7 @@ class Training:
         self.model = build_model(config.model)
         # A backbone brings its own sizes: from here on the configuration says what is there.
         self.config = config = replace(config, model=self.model.config)
-        check_shards(index, config.model)
+        check_shards(index, config.model, MODEL_FLAGS)
         if config.estimator:
             self.model.estimator = load_estimator(config.estimator)
         self.tokenizer, self.checkpoints, self.place, self.hooks = tokenizer, checkpoints, place, hooks

@@ -19,10 +19,10 @@ from infra.registry import log_and_register, tracking_uri
 from model.hbi import HBI
 from model.text import load_tokenizer, train_tokenizer
 from model.weights import load_model
-from pipelines.sample import ShardIndex
+from pipelines.sample import ShardIndex, check_shards
 from training.checkpoint import STATE, TRAINING, Checkpoints, fetched
-from training.config import TrainConfig
-from training.data import captions_of, check_shards
+from training.config import MODEL_FLAGS, TrainConfig
+from training.data import captions_of
 from training.evaluate import EvalProtocol, evaluate
 from training.figures import recall_figure, similarity_figure
 from training.loop import Hooks, Stopped, Training
@@ -99,7 +99,7 @@ def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainCon
     index.of_split(config.data.split)
     if config.model.backbone:
         return config
-    check_shards(index, config.model)
+    check_shards(index, config.model, MODEL_FLAGS)
     folder = storage.join(out, TOKENIZER)
     if not storage.exists(storage.join(folder, "tokenizer.json")):
         captions = captions_of(index, config.data.split)
