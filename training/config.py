@@ -156,6 +156,9 @@ class TrainConfig:
     """Of the weights, the order of the data and the choice of captions."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the model."""
+    start: str = ""
+    """Weights to begin with: a model folder, models:/name@alias, or the file of a published checkpoint (whose tokenizer
+    is that of `model.backbone`), local or s3://. Its sizes replace those of `model`."""
     estimator: str = ""
     """File with the published estimator's weights, for `loss.target` or `loss.objective` that need it."""
     loss: LossSettings = field(default_factory=LossSettings)

@@ -7,8 +7,6 @@ which levels count: the entity level alone, by default.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,20 +15,18 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from infra import storage
 from model.hbi import HBI, LEVELS
 from model.interaction import Tokens
 from model.metrics import retrieval_metrics
-from model.text import load_tokenizer, tokenize
-from model.weights import load_model, load_published
+from model.text import tokenize
 from pipelines.sample import ShardIndex, check_shards
 from training.contrast import gather_rows
 from training.heldout import grouped, readable
 from training.parallel import Place
+from training.start import load_named
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
 
 @dataclass(frozen=True)
@@ -330,7 +326,9 @@ def evaluate_command(
 
     index = ShardIndex.read(shards)
     index.of_split(split)
-    loaded, words_of = _load(model, index, tracking, tokenizer, words)
+    loaded, words_of = load_named(
+        model, tracking, tokenizer, words=words, frames=index.settings.get("frames")
+    )
     loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tqdm(unit="clip", desc=f"encode {split}") as bar:
 
@@ -339,33 +337,6 @@ def evaluate_command(
             bar.update(done - bar.n)
 
         return evaluate(loaded, words_of, index, split, protocol, strict=True, progress=progress).metrics
-
-
-def _load(
-    model: str, index: ShardIndex, tracking: str | None, tokenizer: str | None, words: int | None
-) -> tuple[HBI, Any]:
-    """The model and its tokenizer; ValueError in one line."""
-    from infra.registry import resolve_model
-
-    published = not model.startswith("models:/") and (
-        Path(model).is_file() or (storage.is_remote(model) and Path(model).suffix in (".bin", ".pt", ".pth"))
-    )
-    if not published:
-        folder = resolve_model(model, tracking)
-        return load_model(folder), load_tokenizer(tokenizer or folder)
-    settings = {"frames": index.settings.get("frames"), "words": words}
-    with TemporaryDirectory() as scratch:
-        file = storage.local_copy(model, scratch)
-        loaded = load_published(
-            file, **{name: value for name, value in settings.items() if value is not None}
-        )
-    name = tokenizer or CLIP_TOKENIZER
-    try:
-        return loaded, load_tokenizer(name)
-    except OSError:
-        raise ValueError(
-            f"tokenizer {name!r} is not at hand: give --tokenizer, a folder with CLIP's tokenizer.json"
-        ) from None
 
 
 def table(metrics: dict[str, float], split: str) -> str:

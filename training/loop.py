@@ -28,6 +28,7 @@ from training.data import Batch, Loader, index_digest
 from training.meter import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
 from training.optim import Average, make_optimizer, schedule, set_learning_rate
 from training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize
+from training.start import start_model
 
 
 class Stopped(ValueError):
@@ -59,9 +60,11 @@ class Training:
         checkpoints: Checkpoints,
         place: Place,
         hooks: Hooks,
+        start: str = "",
     ):
+        """start: folder of the model to begin with, where it is not a fresh one."""
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model)
+        self.model = start_model(config.model, start) if start else build_model(config.model)
         # A backbone brings its own sizes: from here on the configuration says what is there.
         self.config = config = replace(config, model=self.model.config)
         check_shards(index, config.model, MODEL_FLAGS)

@@ -27,6 +27,7 @@ from training.evaluate import EvalProtocol, evaluate
 from training.figures import recall_figure, similarity_figure
 from training.loop import Hooks, Stopped, Training
 from training.parallel import Place
+from training.start import START, with_start
 from training.tracking import Tracker, lineage
 
 CONFIG, RESULT, RUN_ID, TOKENIZER, MODEL = "config.json", "result.json", "run-id.txt", "tokenizer", "model"
@@ -64,7 +65,7 @@ def train(
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
     index = ShardIndex.read(data)
-    config = with_tokenizer(config, index, out)
+    config = with_tokenizer(with_start(config, out, tracking), index, out)
     finished = _finished(config, out)
     if finished is not None:
         say(f"{out}: this run is finished; give another --out to train anew")
@@ -97,9 +98,11 @@ def _finished(config: TrainConfig, out: str) -> TrainResult | None:
 def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainConfig:
     """The configuration with its tokenizer's vocabulary; the captions give the tokenizer where no backbone has one."""
     index.of_split(config.data.split)
-    if config.model.backbone:
+    if config.model.backbone and not config.start:
         return config
     check_shards(index, config.model, MODEL_FLAGS)
+    if config.start:
+        return config
     folder = storage.join(out, TOKENIZER)
     if not storage.exists(storage.join(folder, "tokenizer.json")):
         captions = captions_of(index, config.data.split)
@@ -225,7 +228,13 @@ def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) ->
     )
     try:
         training = Training(
-            config, ShardIndex.read(data), tokenizer_of(config, out), checkpoints, place, hooks
+            config,
+            ShardIndex.read(data),
+            tokenizer_of(config, out),
+            checkpoints,
+            place,
+            hooks,
+            storage.join(out, START) if config.start else "",
         )
     except ValueError as error:  # of settings, shards or checkpoints: the same on all ranks
         raise Stopped(str(error)) from error
@@ -250,10 +259,10 @@ def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) ->
 
 
 def tokenizer_of(config: TrainConfig, out: str) -> Any:
-    """The backbone's tokenizer, or the one made of the captions."""
-    if config.model.backbone:
+    """The tokenizer of the model that the run began from, of the backbone, or the one made of the captions."""
+    if config.model.backbone and not config.start:
         return load_tokenizer(config.model.backbone)
-    with fetched(storage.join(out, TOKENIZER)) as folder:
+    with fetched(storage.join(out, START if config.start else TOKENIZER)) as folder:
         return load_tokenizer(folder)
 
 
