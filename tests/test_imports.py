@@ -19,7 +19,7 @@ ONLY_IN = {
     "mlflow": ("infra/registry.py", "infra/package.py", "training/tracking.py"),
     "s3fs": ("infra/storage.py",),
     "decord": ("pipelines/decode.py", "pipelines/child.py"),
-    "av": ("pipelines/decode.py", "pipelines/child.py", "pipelines/corpus.py"),
+    "av": ("pipelines/container.py", "pipelines/decode.py", "pipelines/child.py", "pipelines/corpus.py"),
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 

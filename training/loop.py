@@ -85,7 +85,7 @@ class Training:
         self.steps = min(steps, config.optim.steps or steps)
         self.bf16 = config.compute.bf16 and has_bf16(place.device)
         self.meter, self.ledger = Meter(self.steps - self.progress.step), Ledger()
-        self.peak = peak_flops(place.device)
+        self.peak = peak_flops(place.device, self.bf16)
         if place.first:
             begun = f"goes on at step {self.progress.step} from {latest}" if latest else "starts"
             precision = "bfloat16" if self.bf16 else "float32"

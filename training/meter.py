@@ -53,15 +53,16 @@ def flops_per_clip(model: ModelConfig) -> float:
     return 3 * (model.frames * frame + text + blocks(model.temporal_layers, model.frames, towers.dim, 0))
 
 
-def peak_flops(device: torch.device) -> float:
-    """The device's peak by its name, or the best of three float32 matrix products where the name is not known."""
+def peak_flops(device: torch.device, bf16: bool = False) -> float:
+    """The device's peak by its name, or, where that is not known, the best of three matrix products in the precision
+    that is computed in."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAK_FLOPS.items():
             if part in name:
                 return peak
     size, best = 1024 if device.type == "cpu" else 8192, 0.0
-    matrix = torch.ones(size, size, device=device)
+    matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     for _ in range(3):
         start = time.perf_counter()
         float((matrix @ matrix)[0, 0])

@@ -184,14 +184,14 @@ def main(
     batch = batch or (128 if device == "cuda" else 32)
     sizes = {"towers": towers, "batch": batch, "frames": frames, "words": words, "chunk": chunk}
     flops = batch * flops_per_clip(ModelConfig(towers=TOWERS[towers], frames=frames, words=words))
-    peak = peak_flops(torch.device(device))
-    results: dict[str, Any] = {"flops_per_step": flops, "peak_flops": peak}
+    peaks = {bf16: peak_flops(torch.device(device), bf16) for bf16 in (False, has_bf16(torch.device(device)))}
+    results: dict[str, Any] = {"flops_per_step": flops, "bf16": max(peaks), "peak_flops": peaks[max(peaks)]}
     for name in cases:
         # One run more: the second step of a compiled model still compiles, for its gradients have changed their layout.
         measured = measure(prepare, device=device, repeats=repeats + 1, **sizes, **CASES[name])
         results[name] = measured.plain()
         if measured.seconds is not None:
-            share = flops / measured.seconds / peak
+            share = flops / measured.seconds / peaks[max(peaks) and not CASES[name].get("obvious", False)]
             results[name] |= {
                 "clips_per_second": round(batch / measured.seconds, 2),
                 "flop_utilisation": round(share, 4),
