@@ -44,10 +44,10 @@ def ray_running() -> Iterator[None]:
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> "Dataset":
-    """Ray Data over `rows`, each a task of its own; progress is shown by us, and not by Ray."""
+    """Ray Data over `rows`, each a task of its own; what there is to say is said by us, and not by Ray."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are exceptions too
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     data.context.enable_progress_bars = False
     data.context.print_on_execution_start = False
