@@ -163,7 +163,9 @@ def test_good_and_hostile_clips_in_one_run(ray_session: None, media: Path, tmp_p
 def start(manifest: str, out: Path | str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
     """`run.shard` in a process of its own, as `hbi shard` calls it, from another working directory."""
     code = (
-        "import sys; from model.frames import FrameSettings; from pipelines import run\n"
+        # As `hbi` does: a shell without job control has what it starts behind an & ignore Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from model.frames import FrameSettings; from pipelines import run\n"
         "from pipelines.shards import ShardSettings\n"
         "try: print(run.shard(sys.argv[1], sys.argv[2], ShardSettings(FrameSettings(count=3, size=32), 6)))\n"
         "except KeyboardInterrupt: sys.exit(130)"
@@ -273,6 +275,9 @@ def test_from_storage_to_storage_with_faults(reference: Path, tmp_path: Path):
         driver = start(remote.uri("manifest.jsonl"), remote.uri("out"), tmp_path, **remote.environment())
         output, errors = driver.communicate(timeout=120)
         assert driver.returncode == 0 and "60 samples and 0 failures of 60 rows" in output, errors
+        # Nothing but our own progress is said: no advice of Ray's, no log level of its.
+        said = [line for line in errors.replace("\r", "\n").splitlines() if line.strip()]
+        assert all(line.startswith(("plan:", "shard:")) for line in said), errors
         assert all(fault.times == 0 for fault in remote.faults)
         ours = {path.name: path.read_bytes() for path in remote.path("out").glob("*.tar")}
     theirs = {path.name: path.read_bytes() for path in (reference / "out").glob("*.tar")}
