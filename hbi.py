@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -306,7 +306,11 @@ def index(
     print(f"{index}: tokens of {bar.n} clips by {maker.model}")
 
 
-def search(index: Positional[str], text: Positional[str], k: int = 10) -> None:
+def search(
+    index: Positional[str],
+    text: Positional[str],
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10,
+) -> None:
     """Find the videos that match a sentence.
 
     Example: hbi search index "the red square moves left" -k 5

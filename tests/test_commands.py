@@ -1,7 +1,9 @@
 """The front door: help like a table of contents, one line for a mistake, and Ctrl-C that leaves nothing behind."""
 
+import functools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -46,6 +48,17 @@ def test_every_command_has_help_with_an_example(capsys, monkeypatch, command: st
     status, out, _ = run(capsys, monkeypatch, command, "--help")
     assert status == 0
     assert f"Example: hbi {command}" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_is_a_command_line_that_is_understood(capsys, monkeypatch, command: str) -> None:
+    group = next(group for group in hbi.CONTENTS.values() if command in group)
+    calls = []
+    stub = functools.wraps(group[command])(lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setitem(group, command, stub)
+    _, example = (group[command].__doc__ or "").split(f"Example: hbi {command}")
+    status, _, err = run(capsys, monkeypatch, command, *shlex.split(example.splitlines()[0]))
+    assert status == 0 and len(calls) == 1, err
 
 
 def test_the_flags_of_train_are_those_of_the_named_run(capsys, monkeypatch) -> None:
