@@ -1,5 +1,6 @@
 """An MLflow store that is made once for the whole test session: its first use runs migrations, which take seconds."""
 
+import atexit
 import shutil
 import warnings
 from functools import lru_cache
@@ -12,6 +13,7 @@ def _template() -> Path:
     from infra import registry
 
     folder = Path(mkdtemp(prefix="mlflow-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     uri = registry.tracking_uri(str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's use of SQLAlchemy, when first imported
