@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -251,6 +251,12 @@ def put_file(local: str, path: str, move: bool = False) -> None:
         _replace(target, lambda stream: shutil.copyfileobj(source, stream, RANGE_BYTES))
     if move:
         Path(local).unlink()
+
+
+def put_files(files: Iterable[Path], folder: str, last: str, move: bool = False) -> None:
+    """Copies (or moves) finished local files into a folder, last the one named so: it says that all are there."""
+    for file in sorted(files, key=lambda file: (file.name == last, file.name)):
+        put_file(str(file), join(folder, file.name), move)
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -92,21 +92,23 @@ def _digest(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(folder: str | Path) -> HBI:
+def load_model(folder: str | Path, **settings: Any) -> HBI:
     """The model that `save_model` wrote, on the CPU, in eval mode, without a network.
 
+    settings: fields of `ModelConfig` to change, of those that decide no array (`checkpointing`, `masking`, …).
     ValueError, in one line, for a file that is missing, cut short or changed.
     """
     folder = Path(folder)
     config, digests = _described(folder)
+    contents: dict[str, bytes] = {}
     for name, digest in {WEIGHTS: "", **digests}.items():
         if not (folder / name).exists():
             raise ValueError(f"{folder} is no whole model: it has no {name}")
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
+        contents[name] = (folder / name).read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
             raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
-    model = HBI(config)
-    load_strictly(model, load((folder / WEIGHTS).read_bytes()), str(folder / WEIGHTS))
+    model = HBI(replace(config, **settings))
+    load_strictly(model, load(contents[WEIGHTS]), str(folder / WEIGHTS))
     return model.eval()
 
 

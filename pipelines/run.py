@@ -86,14 +86,14 @@ def _make(out: str, planned: Plan, missing: list[Unit], settings: ShardSettings,
 
 def _follow(what: str, units: list[Unit], tasks: Iterator[Done], summary: Summary) -> None:
     """Shows the progress of tasks: clips, clips per second, time left."""
-    begin = time.time()
-    ready = next(tasks, None)
-    if ready is not None:  # by the worker's own clock, which may be another machine's
-        summary.start_seconds += min(max(0.0, ready.time - begin), time.time() - begin)
+    begin, failures = time.time(), 0
     slow = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=sum(unit.rows for unit in units), unit="clip", desc=what, mininterval=slow) as bar:
-        failures = 0
         for done in tasks:
+            if not done.rows:  # by the worker's own clock, which may be another machine's
+                summary.start_seconds += min(max(0.0, done.time - begin), time.time() - begin)
+                bar.unpause()  # the speed is that of the work
+                continue
             failures += done.failures
             bar.set_postfix(failures=failures, refresh=False)
             bar.update(done.rows)

@@ -16,8 +16,8 @@ from pipelines.records import Record
 from pipelines.repeats import thin_shard
 from pipelines.shards import ShardError, ShardSettings
 
-WAVE = 2000
-"""Shards given to Ray Data at once: what the driver holds does not grow with the corpus."""
+WAVE, WAVE_PER_CPU = 2000, 100
+"""Shards given to Ray Data at once, at least and for each CPU: what the driver holds does not grow with the corpus."""
 RETRIES = 2
 """How often a shard is begun again after its worker died."""
 WAITING = 2
@@ -26,7 +26,7 @@ WAITING = 2
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker says of its shard; the first of all, of no rows, says that a worker is up."""
+    """What a worker says of its shard. One, of no rows, says that the first worker is up."""
 
     rows: int
     """Manifest rows that it stands for."""
@@ -81,15 +81,15 @@ def _spread(worker: type, arguments: tuple[Any, ...], units: list[Unit]) -> Iter
     import ray
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    wave = max(WAVE, 100 * cpus)
+    wave = max(WAVE, WAVE_PER_CPU * cpus)
     for start in range(0, len(units), wave):
         given = [json.dumps(astuple(unit)) for unit in units[start : start + wave]]
         # One more, of nothing: the answer to it says that a worker is up.
-        answers = _each(worker, arguments, min(cpus, len(given)), [{"unit": unit} for unit in ["", *given]])
-        for number, row in enumerate(answers):
+        rows = [{"unit": unit} for unit in ["", *given]]
+        for row in _each(worker, arguments, min(cpus, len(given)), rows):
             if row["error"]:
                 raise ShardError(row["error"])
-            if row["rows"] or not (start or number):
+            if row["rows"] or not start:
                 yield Done(row["rows"], row["failures"], row["time"])
 
 
@@ -127,11 +127,11 @@ def _each(
 
 def _answer(row: dict[str, Any], work: Callable[[Unit], Record]) -> dict[str, Any]:
     """What a worker says. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
-    answer = {"error": "", "rows": 0, "failures": 0, "time": time.time()}
-    if not row["unit"]:
-        return answer
-    try:
-        record = work(Unit(*json.loads(row["unit"])))
-    except ShardError as error:
-        return answer | {"error": str(error)}
-    return answer | {"rows": record.rows, "failures": len(record.failures), "time": time.time()}
+    record, error = None, ""
+    if row["unit"]:
+        try:
+            record = work(Unit(*json.loads(row["unit"])))
+        except ShardError as stop:
+            error = str(stop)
+    rows, failures = (record.rows, len(record.failures)) if record is not None else (0, 0)
+    return {"error": error, "rows": rows, "failures": failures, "time": time.time()}

@@ -237,8 +237,7 @@ class Checkpoints:
                 name = f"epoch-{progress.position.epoch:05d}-step-{progress.step:08d}"
                 target = storage.join(self.folder, name)
                 self._remove(target)  # a process may have died while it wrote this
-                for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):
-                    storage.put_file(str(file), storage.join(target, file.name), move=True)
+                storage.put_files(Path(part).iterdir(), target, last=STATE, move=True)
                 self._prune()
         self.place.wait()
 

@@ -12,9 +12,6 @@ from typing import Any, Literal, get_type_hints
 from model.config import ModelConfig, TowerConfig
 from model.losses import LossSettings
 
-MODEL_FLAGS = "--set.model."
-"""Where `hbi train` takes the model's sizes."""
-
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -199,6 +196,11 @@ class TrainConfig:
         for name, value, holds, rule in rules:
             if not holds:
                 raise ValueError(f"--set.{name} {value}: must be {rule}")
+
+    @property
+    def model_flags(self) -> str:
+        """Where `hbi train` takes the model's sizes; empty where another model brings them."""
+        return "" if self.start else "--set.model."
 
     def to_json(self) -> str:
         """As text; `from_json` is its inverse."""

@@ -22,7 +22,7 @@ from training.checkpoint import (
     read_progress,
     write_checkpoint,
 )
-from training.config import MODEL_FLAGS, TrainConfig
+from training.config import TrainConfig
 from training.contrast import backward
 from training.data import Batch, Loader, index_digest
 from training.meter import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
@@ -67,7 +67,7 @@ class Training:
         self.model = start_model(config.model, start) if start else build_model(config.model)
         # A backbone brings its own sizes: from here on the configuration says what is there.
         self.config = config = replace(config, model=self.model.config)
-        check_shards(index, config.model, MODEL_FLAGS)
+        check_shards(index, config.model, config.model_flags)
         if config.estimator:
             self.model.estimator = load_estimator(config.estimator)
         self.tokenizer, self.checkpoints, self.place, self.hooks = tokenizer, checkpoints, place, hooks

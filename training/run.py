@@ -21,7 +21,7 @@ from model.text import load_tokenizer, train_tokenizer
 from model.weights import load_model
 from pipelines.sample import ShardIndex, check_shards
 from training.checkpoint import STATE, TRAINING, Checkpoints, fetched
-from training.config import MODEL_FLAGS, TrainConfig
+from training.config import TrainConfig
 from training.data import captions_of
 from training.evaluate import EvalProtocol, evaluate
 from training.figures import recall_figure, similarity_figure
@@ -100,7 +100,7 @@ def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainCon
     index.of_split(config.data.split)
     if config.model.backbone and not config.start:
         return config
-    check_shards(index, config.model, MODEL_FLAGS)
+    check_shards(index, config.model, config.model_flags)
     if config.start:
         return config
     folder = storage.join(out, TOKENIZER)
@@ -109,9 +109,7 @@ def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainCon
         tokenizer = train_tokenizer(captions, config.model.towers.vocab_size)
         with tempfile.TemporaryDirectory() as made:
             tokenizer.save_pretrained(made)
-            # tokenizer.json last: it says that the others are there.
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-                storage.put_file(str(file), storage.join(folder, file.name))
+            storage.put_files(Path(made).iterdir(), folder, last="tokenizer.json")
     with fetched(folder) as local:
         words = len(load_tokenizer(local))
     return replace(config, model=replace(config.model, towers=replace(config.model.towers, vocab_size=words)))
@@ -249,11 +247,8 @@ def run(config: TrainConfig, data: str, out: str, place: Place, hooks: Hooks) ->
         if place.first:
             if metrics:
                 hooks.track(metrics, training.progress.step)
-            names = {file.name for file in folder.iterdir()} - {STATE, TRAINING}
-            for name in sorted(
-                names, key=lambda name: name == CONFIG
-            ):  # last: it says that the others are there
-                storage.put_file(str(folder / name), storage.join(out, MODEL, name))
+            files = (file for file in folder.iterdir() if file.name not in (STATE, TRAINING))
+            storage.put_files(files, storage.join(out, MODEL), last=CONFIG)
     place.wait()
     return metrics
 

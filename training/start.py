@@ -17,6 +17,9 @@ from training.config import TrainConfig
 START = "start"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 PUBLISHED = (".bin", ".pt", ".pth", ".safetensors")
+"""How the name of a published checkpoint in object storage ends; anything else there is a folder."""
+CHOICES = ("checkpointing", "freeze_patches", "masking")
+"""What a run decides of a model that it begins from: the fields that are no sizes."""
 
 
 def load_named(
@@ -63,19 +66,17 @@ def with_start(config: TrainConfig, out: str, tracking: str | None) -> TrainConf
         )
         with tempfile.TemporaryDirectory() as made:
             save_model(model, made, tokenizer)
-            for file in sorted(
-                Path(made).iterdir(), key=lambda file: file.name == CONFIG
-            ):  # last: all is there
-                storage.put_file(str(file), storage.join(folder, file.name))
+            storage.put_files(Path(made).iterdir(), folder, last=CONFIG)
     with fetched(folder) as local:
         held = read_config(local)
-    choices = ("checkpointing", "freeze_patches", "masking")
-    return replace(config, model=replace(held, **{name: getattr(wanted, name) for name in choices}))
+    return replace(config, model=replace(held, **_choices(wanted)))
 
 
 def start_model(config: ModelConfig, folder: str) -> HBI:
-    """A model of this configuration with the weights of a model folder, local or s3://."""
-    model = HBI(config)
+    """The model of a folder, local or s3://, to be trained with the choices of `config`."""
     with fetched(folder) as local:
-        model.load_state_dict(load_model(local).state_dict())
-    return model
+        return load_model(local, **_choices(config)).train()
+
+
+def _choices(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in CHOICES}

@@ -184,14 +184,15 @@ def main(
     batch = batch or (128 if device == "cuda" else 32)
     sizes = {"towers": towers, "batch": batch, "frames": frames, "words": words, "chunk": chunk}
     flops = batch * flops_per_clip(ModelConfig(towers=TOWERS[towers], frames=frames, words=words))
-    peaks = {bf16: peak_flops(torch.device(device), bf16) for bf16 in (False, has_bf16(torch.device(device)))}
-    results: dict[str, Any] = {"flops_per_step": flops, "bf16": max(peaks), "peak_flops": peaks[max(peaks)]}
+    bf16 = has_bf16(torch.device(device))
+    peak, peak_float32 = peak_flops(torch.device(device), bf16), peak_flops(torch.device(device))
+    results: dict[str, Any] = {"flops_per_step": flops, "bf16": bf16, "peak_flops": peak}
     for name in cases:
         # One run more: the second step of a compiled model still compiles, for its gradients have changed their layout.
         measured = measure(prepare, device=device, repeats=repeats + 1, **sizes, **CASES[name])
         results[name] = measured.plain()
         if measured.seconds is not None:
-            share = flops / measured.seconds / peaks[max(peaks) and not CASES[name].get("obvious", False)]
+            share = flops / measured.seconds / (peak_float32 if "obvious" in CASES[name] else peak)
             results[name] |= {
                 "clips_per_second": round(batch / measured.seconds, 2),
                 "flop_utilisation": round(share, 4),
