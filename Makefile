@@ -30,4 +30,4 @@ demo: $(READY)
 
 bench: $(READY)
 	@for bench in checkpointing decoders interaction loading memory sharding similarity step tracking; do \
-		echo "== $$bench"; $(BIN)/python -m infra.bench.$$bench || exit 1; done
+		echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench || exit 1; done

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from infra import storage
+from hbi.infra import storage
 
 
 def fetch_folder(folder: str) -> Path:

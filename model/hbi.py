@@ -9,13 +9,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from model.banzhaf import InteractionPredictor
-from model.config import ModelConfig, TowerConfig
-from model.frames import normalise
-from model.interaction import Tokens, pair_similarity, weighted_similarity
-from model.levels import TokenMerge
-from model.text import TextTower, last_present, require_tokens
-from model.video import TemporalTransformer, VisionTower
+from hbi.model.banzhaf import InteractionPredictor
+from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.frames import normalise
+from hbi.model.levels import TokenMerge
+from hbi.model.similarity import Tokens, pair_similarity, weighted_similarity
+from hbi.model.text import TextTower, last_present, require_tokens
+from hbi.model.video import TemporalTransformer, VisionTower
 
 LEVELS = ("entity", "action", "event")
 LARGEST_LOGIT_SCALE = 100.0
@@ -85,7 +85,7 @@ class HBI(nn.Module):
     """Hierarchical Banzhaf Interaction (Jin et al., CVPR 2023): CLIP towers, three levels of tokens for words and
     frames, a weighted token-wise similarity at each, and the learned interaction of words and frames at each.
 
-    Made with fresh weights and without a network; `model.weights.build_model` starts from a CLIP checkpoint.
+    Made with fresh weights and without a network; `hbi.model.weights.build_model` starts from a CLIP checkpoint.
     """
 
     def __init__(self, config: ModelConfig, clip: CLIPModel | None = None) -> None:

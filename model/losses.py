@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from model.banzhaf import exact_interaction
-from model.hbi import LEVELS, Encoded
-from model.interaction import pair_similarity, weighted_similarity
+from hbi.model.banzhaf import exact_interaction
+from hbi.model.hbi import LEVELS, Encoded
+from hbi.model.similarity import pair_similarity, weighted_similarity
 
 QUADRATURE_NODES = 128
 """Of the exact target: enough while the weight logits of a text or a video lie within 25 of each other."""

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from model.banzhaf import InteractionPredictor
-from model.config import ModelConfig, TowerConfig
-from model.hbi import HBI, LEVELS
+from hbi.model.banzhaf import InteractionPredictor
+from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.hbi import HBI, LEVELS
 
 PUBLISHED_HEAD = 64
 """Width of an attention head in every CLIP that the published code takes."""

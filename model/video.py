@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from model.config import ModelConfig
-from model.text import TextTower, run_layers
+from hbi.model.config import ModelConfig
+from hbi.model.text import TextTower, run_layers
 
 
 class VisionTower(nn.Module):

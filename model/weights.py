@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from model.config import ModelConfig, TowerConfig
-from model.hbi import HBI
-from model.published import load_estimator, load_published, load_strictly
+from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.hbi import HBI
+from hbi.model.published import load_estimator, load_published, load_strictly
 
 __all__ = ["build_model", "load_estimator", "load_model", "load_published", "save_model"]
 

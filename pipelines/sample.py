@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from infra import storage
-from model.config import ModelConfig
-from model.frames import from_jpegs
+from hbi.infra import storage
+from hbi.model.config import ModelConfig
+from hbi.model.frames import from_jpegs
 
 INDEX_NAME = "index.json"
 FAILURES_NAME = "failures.jsonl"

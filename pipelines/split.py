@@ -14,11 +14,11 @@ from itertools import pairwise
 from queue import SimpleQueue
 from typing import Literal
 
-from infra import storage
-from model.frames import FrameSettings
-from pipelines.child import Decoder
-from pipelines.decode import DecodeError
-from pipelines.read import Row, read_manifest, write_manifest
+from hbi.infra import storage
+from hbi.model.frames import FrameSettings
+from hbi.pipelines.decoding.clip import DecodeError
+from hbi.pipelines.decoding.decoder import Decoder
+from hbi.pipelines.manifest import Row, read_manifest, write_manifest
 
 
 @dataclass(frozen=True)

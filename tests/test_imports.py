@@ -1,60 +1,109 @@
-"""Imports run one way: each room imports only what stands below it, and heavy things only where they belong."""
+"""Imports run down the floors alone, without circles, and heavy libraries stay where they belong."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("model", "infra", "pipelines", "training")
-MAY_IMPORT = {
+BELOW = {
     "model": (),
-    # The decoder is a leaf (it imports model.frames alone): serving and the model package read videos through it.
-    "infra": ("model", "pipelines.decode", "pipelines.child"),
-    "pipelines": ("model", "infra"),
-    "training": ("model", "infra", "pipelines.sample"),
+    "infra": (),
+    "pipelines": ("infra", "model"),
+    "training": ("pipelines", "infra", "model"),
+    "serving": ("pipelines", "infra", "model"),
+    "hbi": ("training", "serving", "pipelines", "infra", "model"),
+    "benchmarks": ("hbi", "training", "serving", "pipelines", "infra", "model"),
 }
+"""What a room may import, beside itself. Infra knows no mathematics: it needs none."""
 ONLY_IN = {
-    "ray": ("infra", "pipelines", "training/run.py", "training/checkpoint.py"),
-    "mlflow": ("infra/registry.py", "infra/package.py", "training/tracking.py"),
+    "ray": (
+        "infra/ray_runtime.py",
+        "pipelines/sharding/",
+        "serving/",
+        "training/run.py",
+        "training/checkpoint.py",
+    ),
+    "mlflow": ("infra/mlflow/", "serving/pyfunc.py"),
     "s3fs": ("infra/storage.py",),
-    "decord": ("pipelines/decode.py", "pipelines/child.py"),
-    "av": ("pipelines/container.py", "pipelines/decode.py", "pipelines/child.py", "pipelines/corpus.py"),
+    "decord": ("pipelines/decoding/",),
+    "av": ("pipelines/decoding/", "pipelines/corpus/"),
 }
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+FILES = {
+    path.relative_to(ROOT): path
+    for room in BELOW
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if not any(parent.is_symlink() for parent in path.parents)
+}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, at whatever depth, as dotted names."""
+def dotted(file: Path) -> str:
+    """The name that a file is imported by."""
+    name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+    return name if file.parts[0] in ("hbi", "benchmarks") else f"hbi.{name}"
+
+
+MODULES = {dotted(file): file for file in FILES}
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Every module that a tree imports, at whatever depth, through a string too, as dotted names."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.add("." * node.level)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+            found.add(node.value)
     return found
 
 
-def within(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in names)
+def room_of(module: str) -> str | None:
+    """The room that a dotted name of ours lies in; None for other people's."""
+    first, _, rest = module.partition(".")
+    if first == "benchmarks":
+        return first
+    if first != "hbi":
+        return None
+    return room if (room := rest.split(".")[0]) in BELOW else "hbi"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0]
-    if path.relative_to(ROOT).parts[:2] == ("infra", "bench"):
-        return  # a benchmark measures any room from outside
-    ours = {module for module in imports_of(path) if module.split(".")[0] in (*ROOMS, "hbi", "demo")}
-    wrong = {module for module in ours if not within(module, (room, *MAY_IMPORT[room]))}
-    assert not wrong, f"{room} may import {MAY_IMPORT[room] or 'none of ours'}, not {sorted(wrong)}"
+def ours(file: Path) -> set[str]:
+    """The modules of ours that a file imports, and not the names inside them."""
+    return imports_of(ast.parse(FILES[file].read_text())) & MODULES.keys()
 
 
-@pytest.mark.parametrize("package", ONLY_IN)
-def test_a_library_stays_where_it_belongs(package: str) -> None:
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_run_down_the_floors(file: Path) -> None:
+    room = file.parts[0]
+    allowed = {room, *BELOW[room]}
+    wrong = {module for module in ours(file) if module != "hbi" and room_of(module) not in allowed}
+    assert not wrong, f"{room} may import {BELOW[room] or 'none of ours'}, not {sorted(wrong)}"
+    assert not {name for name in imports_of(ast.parse(FILES[file].read_text())) if name.startswith(".")}, (
+        "imports are written whole, as hbi.model.banzhaf"
+    )
+
+
+def test_no_circles_between_files() -> None:
+    graph = {dotted(file): ours(file) - {dotted(file), "hbi"} for file in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_stays_where_it_belongs(library: str) -> None:
     users = {
-        str(path.relative_to(ROOT))
-        for path in FILES
-        if "bench" not in path.parts and any(within(module, (package,)) for module in imports_of(path))
+        str(file)
+        for file, path in FILES.items()
+        if file.parts[0] not in ("benchmarks", "hbi")
+        and any(name.split(".")[0] == library for name in imports_of(ast.parse(path.read_text())))
     }
-    wrong = {user for user in users if not user.startswith(ONLY_IN[package])}
-    assert not wrong, f"{package} is imported in {sorted(wrong)}; it belongs in {ONLY_IN[package]}"
+    wrong = {user for user in users if not user.startswith(ONLY_IN[library])}
+    assert not wrong, f"{library} is imported in {sorted(wrong)}; it belongs in {ONLY_IN[library]}"
+    assert users, f"nothing imports {library}: the rule guards an empty room"

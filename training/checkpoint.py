@@ -18,13 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infra import storage
-from model.hbi import HBI
-from model.weights import WEIGHTS, save_model
-from training.config import TrainConfig, flatten
-from training.data import Position
-from training.optim import Average
-from training.parallel import Place, fill, plain, whole
+from hbi.infra import storage
+from hbi.model.hbi import HBI
+from hbi.model.weights import WEIGHTS, save_model
+from hbi.training.data.loader import Position
+from hbi.training.optim import Average
+from hbi.training.parallel import Place, fill, plain, whole
+from hbi.training.settings import TrainConfig, flatten
 
 STATE, TRAINING = "state.json", "training.safetensors"
 

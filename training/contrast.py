@@ -16,9 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from model.hbi import Encoded
-from model.interaction import Tokens
-from model.losses import LossSettings, hbi_loss
+from hbi.model.hbi import Encoded
+from hbi.model.losses import LossSettings, hbi_loss
+from hbi.model.similarity import Tokens
 
 Piece = TypeVar("Piece")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.hbi import HBI, Encoded
-from model.text import tokenize
-from model.weights import build_model, load_estimator
-from pipelines.sample import ShardIndex, check_shards
-from training.checkpoint import (
+from hbi.model.hbi import HBI, Encoded
+from hbi.model.text import tokenize
+from hbi.model.weights import build_model, load_estimator
+from hbi.pipelines.sample import ShardIndex, check_shards
+from hbi.training.checkpoint import (
     Checkpoints,
     Progress,
     State,
@@ -22,13 +22,13 @@ from training.checkpoint import (
     read_progress,
     write_checkpoint,
 )
-from training.config import TrainConfig
-from training.contrast import backward
-from training.data import Batch, Loader, index_digest
-from training.meter import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
-from training.optim import Average, make_optimizer, schedule, set_learning_rate
-from training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize
-from training.start import start_model
+from hbi.training.contrast import backward
+from hbi.training.data.loader import Batch, Loader, index_digest
+from hbi.training.init import start_model
+from hbi.training.optim import Average, make_optimizer, schedule, set_learning_rate
+from hbi.training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize
+from hbi.training.settings import TrainConfig
+from hbi.training.throughput import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
 
 
 class Stopped(ValueError):

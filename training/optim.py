@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.hbi import HBI
-from training.config import OptimSettings
+from hbi.model.hbi import HBI
+from hbi.training.settings import OptimSettings
 
 
 def make_optimizer(model: HBI, settings: OptimSettings) -> torch.optim.AdamW:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.hbi import HBI
-from training.config import ComputeSettings
+from hbi.model.hbi import HBI
+from hbi.training.settings import ComputeSettings
 
 
 @dataclass(frozen=True)

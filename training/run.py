@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from infra import storage
-from infra.cluster import ray_running
-from infra.registry import log_and_register, tracking_uri
-from model.hbi import HBI
-from model.text import load_tokenizer, train_tokenizer
-from model.weights import load_model
-from pipelines.sample import ShardIndex, check_shards
-from training.checkpoint import STATE, TRAINING, Checkpoints, fetched
-from training.config import TrainConfig
-from training.data import captions_of
-from training.evaluate import EvalProtocol, evaluate
-from training.figures import recall_figure, similarity_figure
-from training.loop import Hooks, Stopped, Training
-from training.parallel import Place
-from training.start import START, with_start
-from training.tracking import Tracker, lineage
+from hbi.infra import storage
+from hbi.infra.mlflow.registry import ModelPackage, NewVersion, log_and_register, tracking_uri
+from hbi.infra.mlflow.tracker import Tracker, lineage
+from hbi.infra.ray_runtime import ray_running
+from hbi.model.hbi import HBI
+from hbi.model.text import load_tokenizer, train_tokenizer
+from hbi.model.weights import load_model
+from hbi.pipelines.sample import ShardIndex, check_shards
+from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched
+from hbi.training.data.loader import captions_of
+from hbi.training.evaluate.figures import recall_figure, similarity_figure
+from hbi.training.evaluate.retrieval import EvalProtocol, evaluate
+from hbi.training.init import START, with_start
+from hbi.training.loop import Hooks, Stopped, Training
+from hbi.training.parallel import Place
+from hbi.training.settings import TrainConfig, flatten
 
 CONFIG, RESULT, RUN_ID, TOKENIZER, MODEL = "config.json", "result.json", "run-id.txt", "tokenizer", "model"
 
@@ -52,12 +52,14 @@ def train(
     data: str,
     out: str,
     tracking: str | None = None,
+    package: ModelPackage | None = None,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> TrainResult:
     """Trains on the shards `data` and leaves everything in the folder `out`; goes on where an earlier call stopped.
 
     data, out: local or s3://; on a cluster of several machines, a folder that all of them see. tracking: the MLflow
-    store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db). say: gets lines of progress.
+    store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db). package: what the registry gets
+    beside the weights; without one nothing is registered. say: gets lines of progress.
 
     Raises ValueError, in one line, where the shards, the checkpoints in `out` or the settings do not fit, where the
     loss is not finite, and where too much of the data cannot be read.
@@ -77,10 +79,10 @@ def train(
         raise ValueError(answer)
     metrics, run_id = answer
     folder, version = storage.join(out, MODEL), None
-    if run_id and config.tracking.register:
+    if run_id and package and config.tracking.register:
         with fetched(folder) as local:
-            alias = config.tracking.alias or None
-            version = log_and_register(local, run_id, uri, metrics=metrics, tags=lineage(data), alias=alias)
+            new = NewVersion(metrics=metrics, tags=lineage(data), alias=config.tracking.alias)
+            version = log_and_register(local, run_id, uri, package, new)
     result = TrainResult(folder, metrics, run_id, version)
     storage.write_bytes(storage.join(out, RESULT), json.dumps(asdict(result), indent=2).encode())
     return result
@@ -303,6 +305,6 @@ def _tracked(job: Job, place: Place) -> Iterator[Tracker]:
     with Tracker(job.uri, config.tracking.experiment, config.name, spool, run_id, enabled) as tracker:
         if enabled:
             storage.write_bytes(known, str(tracker.run_id).encode())
-            tracker.params(asdict(config))
+            tracker.params(flatten(asdict(config)))
             tracker.tags(lineage(job.data))
         yield tracker

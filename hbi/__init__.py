@@ -1,0 +1,1 @@
+"""Video-language representation learning with Hierarchical Banzhaf Interaction."""

@@ -1,0 +1,5 @@
+"""`python -m hbi`."""
+
+from hbi.cli import main
+
+main()

@@ -1,0 +1,253 @@
+"""Which clips are not wanted: pure functions that return a reason or nothing.
+
+    reject(row, clip, look(clip.jpegs), settings)     by itself: length, size, aspect, caption, black, still
+    duplicates(prints, settings)                      against the rows before it: the same, or nearly the same
+
+Both depend on nothing but their arguments, so the same manifest and settings reject the same rows, however many
+workers there are.
+"""
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hbi.pipelines.decoding.clip import Clip
+from hbi.pipelines.manifest import Row
+
+HASH_FRAMES = 3
+"""Frames of a clip that its perceptual hash covers: first, middle, last."""
+HASH_BITS = 64
+"""Bits of the hash of one frame."""
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """What a clip must be to become a sample. None: not asked."""
+
+    min_seconds: float | None = None
+    """Shortest clip, in seconds."""
+    max_seconds: float | None = None
+    """Longest clip, in seconds."""
+    min_side: int | None = None
+    """Smallest short side of the source, in pixels."""
+    max_aspect: float | None = None
+    """Largest ratio of the long side to the short side."""
+    min_words: int | None = None
+    """Fewest words of a caption; a clip needs one caption that fits."""
+    max_words: int | None = None
+    """Most words of a caption; a clip needs one caption that fits."""
+    black: float | None = None
+    """Mean brightness (0 to 255) that at least one frame must exceed. 8 finds black clips."""
+    still: float | None = None
+    """Mean change of brightness (0 to 255) that two neighbouring frames must exceed. 0.5 finds still pictures."""
+    same: bool = False
+    """Reject a clip whose file has the same bytes and the same times as that of an earlier row."""
+    near: int | None = None
+    """Reject a clip whose perceptual hash differs in at most so many of 64 bits a frame from an earlier one's. 4 finds
+    re-encoded and resized copies."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "min_seconds",
+            "max_seconds",
+            "min_side",
+            "max_aspect",
+            "min_words",
+            "max_words",
+            "black",
+            "still",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"filters: {name} is {value}, must be 0 or more")
+        for low, high in (("min_seconds", "max_seconds"), ("min_words", "max_words")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"filters: {low} is {least}, above {high} ({most})")
+        if self.max_aspect is not None and self.max_aspect < 1:
+            raise ValueError(
+                f"filters: max_aspect is {self.max_aspect}, must be at least 1 (long side over short side)"
+            )
+        if self.near is not None and not 0 <= self.near <= 16:
+            raise ValueError(f"filters: near is {self.near}, must lie between 0 and 16 bits")
+
+    @property
+    def looks(self) -> bool:
+        """Whether the frames themselves are asked about."""
+        return self.black is not None or self.still is not None or self.near is not None
+
+
+# --- A clip by itself -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the filters need to know of a clip's pictures."""
+
+    brightness: float
+    """Mean brightness of the brightest frame, 0 to 255."""
+    change: float
+    """Largest mean change of brightness between neighbouring frames, 0 to 255; 0 if there is one frame only."""
+    hash: str
+    """Perceptual hash of the first, middle and last frame, in hexadecimal."""
+
+
+def look(jpegs: Sequence[bytes]) -> Look:
+    """Looks at the frames of a clip, in time order and at a quarter of their size (JPEG decodes to that directly)."""
+    import imagehash
+
+    small = [_small(jpeg) for jpeg in jpegs]
+    pixels = [np.asarray(image, dtype=np.float32) for image in small]
+    changes = [float(np.abs(b - a).mean()) for a, b in pairwise(pixels)]
+    picks = np.linspace(0, len(small) - 1, HASH_FRAMES).round().astype(int)
+    return Look(
+        brightness=round(max(float(image.mean()) for image in pixels), 3),
+        change=round(max(changes, default=0.0), 3),
+        hash="".join(str(imagehash.phash(small[pick])) for pick in picks),
+    )
+
+
+def _small(jpeg: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(jpeg))
+    image.draft("L", (image.width // 4, image.height // 4))
+    return image.convert("L")
+
+
+def reject(row: Row, clip: Clip, seen: Look | None, settings: FilterSettings) -> str | None:
+    """Why a clip is not wanted, or None. seen: needed where `settings.looks`."""
+    reason = (
+        wrong_length(clip.end - clip.start, settings)
+        or wrong_size(clip.width, clip.height, settings)
+        or wrong_caption(row.captions, settings)
+    )
+    if reason or seen is None:
+        return reason
+    return black(seen, settings) or still(seen, settings)
+
+
+def wrong_length(seconds: float, settings: FilterSettings) -> str | None:
+    """A clip that is too short or too long."""
+    if settings.min_seconds is not None and seconds < settings.min_seconds - 1e-6:
+        return f"too short: {seconds:.2f} s, less than {settings.min_seconds:g} s"
+    if settings.max_seconds is not None and seconds > settings.max_seconds + 1e-6:
+        return f"too long: {seconds:.2f} s, more than {settings.max_seconds:g} s"
+    return None
+
+
+def wrong_size(width: int, height: int, settings: FilterSettings) -> str | None:
+    """A source that is too small or too wide (or tall)."""
+    if settings.min_side is not None and min(width, height) < settings.min_side:
+        return f"too small: {width}x{height}, short side less than {settings.min_side}"
+    if settings.max_aspect is not None and max(width, height) > settings.max_aspect * min(width, height):
+        return (
+            f"wrong aspect: {width}x{height}, sides differ by more than a factor of {settings.max_aspect:g}"
+        )
+    return None
+
+
+def wrong_caption(captions: Sequence[str], settings: FilterSettings) -> str | None:
+    """A clip none of whose captions has the length that is asked for."""
+    least, most = settings.min_words, settings.max_words
+    if least is None and most is None:
+        return None
+    lengths = [len(caption.split()) for caption in captions]
+    if any((least or 0) <= length <= (length if most is None else most) for length in lengths):
+        return None
+    asked = f"{least or 0} to {'any number of' if most is None else most} words"
+    if not lengths:
+        return f"no caption, {asked} are asked for" if least else None
+    return f"caption length: {', '.join(map(str, lengths[:5]))} words, {asked} are asked for"
+
+
+def black(seen: Look, settings: FilterSettings) -> str | None:
+    """A clip that shows nothing."""
+    if settings.black is not None and seen.brightness <= settings.black:
+        return f"black: no frame is brighter than {seen.brightness:.1f} of 255"
+    return None
+
+
+def still(seen: Look, settings: FilterSettings) -> str | None:
+    """A picture that does not move."""
+    if settings.still is not None and seen.change <= settings.still:
+        return f"still picture: frames differ by {seen.change:.2f} of 255 at most"
+    return None
+
+
+# --- A clip against those before it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Print:
+    """By what a clip is recognised."""
+
+    digest: str
+    """`digest` of its file and times."""
+    hash: str
+    """`Look.hash`."""
+
+
+def digest(path: str | Path, start: float | None, end: float | None) -> str:
+    """SHA-256 of a local video file's bytes and the clip's times, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256")
+    found.update(f"\0{start}\0{end}".encode())
+    return found.hexdigest()
+
+
+def duplicates(prints: Iterable[tuple[int, Print]], settings: FilterSettings) -> dict[int, str]:
+    """The rows that repeat an earlier one, with the reason. prints: (row number, print), in the order of rows.
+
+    The first of a kind stays. Only rows that stay are compared with, so a chain of small differences is not all one.
+    """
+    repeats: dict[int, str] = {}
+    same: dict[str, int] = {}
+    near = _Near(settings.near) if settings.near is not None else None
+    for number, found in prints:
+        if settings.same:
+            first = same.setdefault(found.digest, number)
+            if first != number:
+                repeats[number] = f"the same bytes and times as row {first + 1}"
+                continue
+        if near is not None:
+            like = near.find(int(found.hash, 16))
+            if like is not None:
+                repeats[number] = f"nearly the same pictures as row {like + 1}"
+                continue
+            near.add(int(found.hash, 16), number)
+    return repeats
+
+
+class _Near:
+    """Hashes that can be searched by Hamming distance without comparing all with all.
+
+    Of d + 1 bands of the bits, two hashes that differ in at most d bits agree in one band at least (pigeonhole): only
+    those that share a band are compared, and none is missed.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.most = bits * HASH_FRAMES
+        edges = np.linspace(0, HASH_BITS * HASH_FRAMES, self.most + 2).round().astype(int).tolist()
+        self.bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+        self.rows: list[dict[int, list[tuple[int, int]]]] = [defaultdict(list) for _ in self.bands]
+
+    def find(self, hash: int) -> int | None:
+        """The earliest row that is near enough; None if there is none."""
+        return min(
+            (row for row, other in self._candidates(hash) if (hash ^ other).bit_count() <= self.most),
+            default=None,
+        )
+
+    def add(self, hash: int, row: int) -> None:
+        for (shift, mask), rows in zip(self.bands, self.rows, strict=True):
+            rows[hash >> shift & mask].append((row, hash))
+
+    def _candidates(self, hash: int) -> Iterator[tuple[int, int]]:
+        for (shift, mask), rows in zip(self.bands, self.rows, strict=True):
+            yield from rows.get(hash >> shift & mask, ())

@@ -1,0 +1,178 @@
+"""Commit records: what became of each row of a shard. Only what is recorded counts.
+
+A record is written last, to `OUT/.done/<shard>.json`. At the end the records, read as a stream, become
+`OUT/index.json` and `OUT/failures.jsonl`; a later run makes what has no record, or none that is true.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hbi.infra import storage
+from hbi.pipelines.sample import FAILURES_NAME, INDEX_NAME, ShardInfo
+from hbi.pipelines.sharding.filters import Print
+from hbi.pipelines.sharding.plan import Plan, Unit
+
+DONE = ".done"
+SPOOL = ".spool"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A manifest row that has no sample."""
+
+    key: str
+    """Number of the row, as in sample keys."""
+    id: str
+    """The manifest's id."""
+    video: str
+    """Path or URI."""
+    stage: str
+    """`read`, `decode` or `filter`."""
+    reason: str
+    """What went wrong, in one line."""
+    passing: bool = False
+    """The storage failed, not the clip: the next run tries this shard again."""
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What the summary and the report say about a sample."""
+
+    seconds: float
+    fps: float
+    width: int
+    height: int
+    words: int
+    """Words of its first caption; 0 without captions."""
+    decoder: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The commit record of a shard: its rows are samples or failures."""
+
+    shard: ShardInfo
+    """As the index will list it; `samples` 0 and no tar if every row failed."""
+    rows: int
+    """Manifest rows: samples plus failures."""
+    failures: list[Failure]
+    """In manifest order."""
+    clips: list[ClipFacts]
+    """One a sample, in manifest order."""
+    prints: list[tuple[int, Print]] = field(default_factory=list)
+    """Where clips are compared with each other: one a sample, with the number of its row."""
+
+    @staticmethod
+    def parse(content: bytes) -> "Record":
+        """From JSON; ValueError, KeyError or TypeError if it is none."""
+        record = json.loads(content)
+        return Record(
+            ShardInfo(**record["shard"]),
+            record["rows"],
+            [Failure(**failure) for failure in record["failures"]],
+            [ClipFacts(*clip) for clip in record["clips"]],
+            [(row, Print(digest, hash)) for row, digest, hash in record["prints"]],
+        )
+
+    def json(self) -> bytes:
+        """The inverse of `parse`."""
+        content = asdict(self)
+        content["clips"] = [list(clip.values()) for clip in content["clips"]]
+        content["prints"] = [[row, *found.values()] for row, found in content["prints"]]
+        return json.dumps(content).encode()
+
+
+def record_path(out: str, shard: str) -> str:
+    """Where the commit record of a shard lies."""
+    return storage.join(out, DONE, f"{shard}.json")
+
+
+def spool_of(folder: str) -> str | None:
+    """A place for unfinished files: beside the output, so that putting one in place is a rename."""
+    if storage.is_remote(folder):
+        return None
+    spool = storage.join(folder, SPOOL)
+    Path(spool).mkdir(parents=True, exist_ok=True)
+    return spool
+
+
+def read_records(out: str, names: list[str]) -> Iterator[tuple[str, Record | None]]:
+    """The commit records of the named shards, in order, a few read ahead; None where one is missing or broken."""
+
+    def read(name: str) -> Record | None:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return Record.parse(storage.read_bytes(record_path(out, name)))
+        return None
+
+    ahead = 32 if storage.is_remote(out) else 1
+    with ThreadPoolExecutor(ahead) as readers:
+        for start in range(0, len(names), ahead * 4):
+            batch = names[start : start + ahead * 4]
+            yield from zip(batch, readers.map(read, batch), strict=True)
+
+
+def unfinished(folder: str, units: list[Unit], tars: bool = True) -> Iterator[tuple[Unit, Record | None]]:
+    """Every unit with the record of its finished shard in `folder`, or None where it is to be made.
+
+    tars: whether the tar must be there, as long as recorded; False asks for its record only.
+    """
+    there = storage.list_sizes(folder)
+    recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(folder, DONE))}
+    by_name = {unit.name: unit for unit in units}
+    kept = [unit.name for unit in units if f"{unit.name}.json" in recorded]
+    for name, record in read_records(folder, kept):
+        unit = by_name.pop(name)
+        whole = (
+            record is not None
+            and record.rows == unit.rows
+            and (
+                not tars
+                or not record.shard.samples
+                or there.get(storage.join(folder, name)) == record.shard.bytes
+            )
+            and not any(failure.passing for failure in record.failures)
+        )
+        yield unit, record if whole else None
+    for unit in by_name.values():
+        yield unit, None
+
+
+def write_index(out: str, plan: Plan) -> Iterator[Record]:
+    """Yields every commit record, by name, and writes `failures.jsonl` and `index.json` from them at the end.
+
+    AssertionError if a row of the manifest is unaccounted for.
+    """
+    names = sorted(unit.name for unit in plan.units)
+    shards: list[dict[str, Any]] = []
+    samples = failed = 0
+    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=spool_of(out)) as folder:
+        spool = Path(folder) / FAILURES_NAME
+        with spool.open("wb") as stream:
+            for name, record in read_records(out, names):
+                assert record is not None, f"{name} has no commit record"
+                yield record
+                samples += record.shard.samples
+                if record.shard.samples:
+                    shards.append(asdict(record.shard))
+                for failure in record.failures:
+                    failed += 1
+                    row = asdict(failure)
+                    del row["passing"]
+                    stream.write(json.dumps(row).encode() + b"\n")
+        assert samples + failed == plan.rows, f"{samples} samples and {failed} failures of {plan.rows} rows"
+        storage.put_file(str(spool), storage.join(out, FAILURES_NAME), move=True)
+    index = {
+        "version": 1,
+        "settings": plan.identity["settings"],
+        "manifest": {"rows": plan.rows, "sha256": plan.identity["manifest"]},
+        "samples": samples,
+        "failures": failed,
+        "shards": shards,
+    }
+    storage.write_bytes(storage.join(out, INDEX_NAME), (json.dumps(index, indent=1) + "\n").encode())

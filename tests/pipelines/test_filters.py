@@ -1,0 +1,139 @@
+"""Filters are pure: a reason or nothing; and duplicates are found as by comparing all with all."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hbi.pipelines.decoding.clip import Clip
+from hbi.pipelines.manifest import Row
+from hbi.pipelines.sharding.filters import FilterSettings, Look, Print, digest, duplicates, look, reject
+
+
+def jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def scene(seed: int, size: int = 96) -> np.ndarray:
+    """A smooth picture of its own: a few random waves."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size] / size
+    waves = sum(np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-3, 3, (6, 3)))
+    return np.repeat((128 + 20 * waves).clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def clip(seconds: float = 5.0, width: int = 640, height: int = 360) -> Clip:
+    return Clip([0.0], 25.0, seconds, width, height, 0.0, seconds, "pyav")
+
+
+ROW = Row("v.mp4", "v", ["a man walks", "a person in a red coat walks a street"])
+BRIGHT = Look(120.0, 9.0, "0" * 48)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, None),
+        ({"min_seconds": 5.0, "max_seconds": 5.0}, None),
+        ({"min_seconds": 5.1}, "too short: 5.00 s, less than 5.1 s"),
+        ({"max_seconds": 4.9}, "too long: 5.00 s, more than 4.9 s"),
+        ({"min_side": 360, "max_aspect": 1.8}, None),
+        ({"min_side": 361}, "too small: 640x360, short side less than 361"),
+        ({"max_aspect": 1.7}, "wrong aspect: 640x360, sides differ by more than a factor of 1.7"),
+        ({"min_words": 3, "max_words": 3}, None),
+        ({"min_words": 4, "max_words": 8}, "caption length: 3, 9 words, 4 to 8 words are asked for"),
+        ({"min_words": 10}, "caption length: 3, 9 words, 10 to any number of words are asked for"),
+        ({"black": 119.0, "still": 8.9}, None),
+        ({"black": 120.0}, "black: no frame is brighter than 120.0 of 255"),
+        ({"still": 9.0}, "still picture: frames differ by 9.00 of 255 at most"),
+    ],
+)
+def test_each_filter(settings: dict[str, float], reason: str | None) -> None:
+    assert reject(ROW, clip(), BRIGHT, FilterSettings(**settings)) == reason  # type: ignore[arg-type]
+
+
+def test_a_clip_without_captions() -> None:
+    bare = Row("v.mp4", "v")
+    assert reject(bare, clip(), None, FilterSettings(max_words=5)) is None
+    assert reject(bare, clip(), None, FilterSettings(min_words=1)) is not None
+
+
+def test_look_sees_black_still_and_moving() -> None:
+    dark = [jpeg(np.full((96, 96, 3), 2, np.uint8))] * 4
+    assert look(dark).brightness < 4 and look(dark).change == 0
+    moving = [jpeg(np.roll(scene(1), 12 * i, axis=1)) for i in range(4)]
+    assert look(moving).change > 5 and 100 < look(moving).brightness < 160
+    assert look(moving[:1]).change == 0
+    assert look(moving) == look(moving) and len(look(moving).hash) == 48
+
+
+def test_copies_are_near_and_other_scenes_are_not() -> None:
+    """Re-encoded badly, or scaled: near. Another scene: not."""
+    clips = [[jpeg(scene(10 * k + i)) for i in range(3)] for k in range(6)]
+    again = [jpeg(scene(i), 30) for i in range(3)]
+    smaller = [
+        jpeg(np.asarray(Image.fromarray(scene(i)).resize((64, 64)).resize((96, 96)), dtype=np.uint8))
+        for i in range(3)
+    ]
+    prints = [(k, Print(str(k), look(jpegs).hash)) for k, jpegs in enumerate([*clips, again, smaller])]
+    assert duplicates(prints, FilterSettings(near=4)) == {
+        6: "nearly the same pictures as row 1",
+        7: "nearly the same pictures as row 1",
+    }
+
+
+def test_the_same_file_at_the_same_times(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"content")
+    (tmp_path / "b.mp4").write_bytes(b"content")
+    (tmp_path / "c.mp4").write_bytes(b"another")
+    rows = [("a.mp4", None), ("b.mp4", None), ("b.mp4", 1.0), ("c.mp4", None), ("a.mp4", 1.0)]
+    prints = [
+        (n, Print(digest(tmp_path / name, start, None), "0" * 48)) for n, (name, start) in enumerate(rows)
+    ]
+    expected = {1: "the same bytes and times as row 1", 4: "the same bytes and times as row 3"}
+    assert duplicates(prints, FilterSettings(same=True)) == expected
+    assert duplicates(prints, FilterSettings()) == {}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 191), max_size=9)), max_size=25),
+    st.integers(0, 3),
+)
+def test_near_duplicates_are_those_of_comparing_all_with_all(
+    drawn: list[tuple[int, set[int]]], bits: int
+) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [int.from_bytes(rng.bytes(24)) for _ in range(6)]
+    hashes = [scenes[which] ^ sum(1 << bit for bit in flipped) for which, flipped in drawn]
+    kept: list[int] = []
+    slow: dict[int, int] = {}
+    for number, value in enumerate(hashes):
+        like = [other for other in kept if (hashes[other] ^ value).bit_count() <= 3 * bits]
+        if like:
+            slow[number] = min(like)
+        else:
+            kept.append(number)
+    prints = [(number, Print("", f"{value:048x}")) for number, value in enumerate(hashes)]
+    found = duplicates(prints, FilterSettings(near=bits))
+    assert found == {number: f"nearly the same pictures as row {like + 1}" for number, like in slow.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_seconds": -1.0},
+        {"min_seconds": 3.0, "max_seconds": 2.0},
+        {"max_aspect": 0.5},
+        {"near": 99},
+        {"black": -1.0},
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="filters: "):
+        FilterSettings(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+"""Manifests in both formats, from folder and storage, row by row; and one line for each thing that is wrong."""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from hbi.infra import storage
+from hbi.pipelines.manifest import Row, folder_manifest, read_manifest, write_manifest
+
+CONTENT: list[dict[str, Any]] = [
+    {"video": "a.mp4"},
+    {
+        "video": "sub/b.c.webm",
+        "id": "x/y",
+        "captions": ["one", "two"],
+        "split": "test",
+        "start": 1,
+        "end": 2.5,
+    },
+    {"video": "/abs/c", "qa": [{"question": "who?", "answer": "me"}], "licence": "MIT", "score": 3},
+    {"video": "s3://bucket/d.mp4", "id": 7, "start": None, "captions": None},
+]
+
+
+def write(folder: Path, *lines: str) -> str:
+    path = folder / "manifest.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, *map(json.dumps, CONTENT), "")
+    assert list(read_manifest(path)) == [
+        Row(f"{tmp_path}/a.mp4", "a"),
+        Row(f"{tmp_path}/sub/b.c.webm", "x/y", ["one", "two"], "test", 1.0, 2.5),
+        Row("/abs/c", "c", qa=[{"question": "who?", "answer": "me"}], extra={"licence": "MIT", "score": 3}),
+        Row("s3://bucket/d.mp4", "7"),
+    ]
+
+
+def test_parquet_says_the_same(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{**row, "id": str(row.get("id") or "") or None} for row in CONTENT])
+    columns = {name: [row.get(name) for row in CONTENT] for name in ("licence", "score")}
+    for name, values in columns.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array(values))
+    qa = pa.array([row.get("qa") for row in CONTENT])
+    table = table.drop_columns([n for n in ("qa",) if n in table.column_names]).append_column("qa", qa)
+    for name in ("captions", "split", "start", "end"):
+        values = pa.array([row.get(name) for row in CONTENT])
+        table = table.drop_columns([n for n in (name,) if n in table.column_names]).append_column(
+            name, values
+        )
+    parquet.write_table(table, tmp_path / "manifest.parquet", row_group_size=2)
+    lines = list(read_manifest(write(tmp_path, *map(json.dumps, CONTENT))))
+    rows = list(read_manifest(str(tmp_path / "manifest.parquet")))
+    assert [row.extra.get("licence") for row in rows] == [None, None, "MIT", None]
+    strip = [(row.video, row.id, row.captions, row.split, row.start, row.end, row.qa) for row in rows]
+    assert strip == [
+        (row.video, row.id, row.captions, row.split, row.start, row.end, row.qa) for row in lines
+    ]
+
+
+def test_a_manifest_is_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million rows cost what ten do: the first come before the rest is read."""
+
+    def endless(path: str) -> Iterator[str]:
+        while True:
+            yield '{"video": "a.mp4"}'
+
+    monkeypatch.setattr(storage, "read_lines", endless)
+    assert len(list(islice(read_manifest(str(tmp_path / "m.jsonl")), 1000))) == 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", 'a row is an object such as {"video": "a.mp4"}, not [1]'),
+        ('{"path": "a.mp4", "caption": 1}', "no `video` (its columns: path, caption)"),
+        ("{}", "no `video` (its columns: none)"),
+        ('{"video": 3}', "`video` is 3, must be a path or URI"),
+        ('{"video": ""}', '`video` is "", must be a path or URI'),
+        ('{"video": "a", "captions": "x"}', '`captions` is "x", must be a list of sentences'),
+        ('{"video": "a", "captions": [1]}', "`captions` is [1]"),
+        ('{"video": "a", "split": 1}', "`split` is 1"),
+        ('{"video": "a", "id": [1]}', "`id` is [1], must be text"),
+        ('{"video": "a", "start": "0:10"}', '`start` is "0:10", must be seconds'),
+        ('{"video": "a", "start": -1}', "`start` is -1"),
+        ('{"video": "a", "end": NaN}', "NaN is no JSON number"),
+        ('{"video": "a", "start": 4, "end": 2}', "`end` is 2 s, must be after `start` (4 s)"),
+        ('{"video": "a", "qa": [{"q": 1}]}', '`qa` is [{"q": 1}], must be a list of {"question", "answer"}'),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path, '{"video": "good.mp4"}', line)
+    with pytest.raises(ValueError) as error:
+        list(read_manifest(path))
+    assert str(error.value).startswith(f"{path} line 2: ") and message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.jsonl: no such manifest"):
+        list(read_manifest(str(tmp_path / "gone.jsonl")))
+    with pytest.raises(ValueError, match="is a folder"):
+        list(read_manifest(str(tmp_path)))
+    (tmp_path / "m.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        list(read_manifest(str(tmp_path / "m.parquet")))
+    (tmp_path / "v.jsonl").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"v\.jsonl line 1: not JSON"):
+        list(read_manifest(str(tmp_path / "v.jsonl")))
+
+
+def test_ids_default_to_the_name_without_its_last_extension() -> None:
+    names = {"a.b.mp4": "a.b", "x/-c.mp4": "-c", ".hidden": ".hidden", "noext": "noext", "f/": "f"}
+    names |= {"s3://b/k/é.webm": "é", "https://e.com/v.mp4?x=1": "v", "a b%20.mp4": "a b%20"}
+    assert {video: Row.parse({"video": video}, "here").id for video in names} == names
+
+
+def test_written_rows_are_read_as_they_were(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            "/v/a.mp4", "a", ["é 🎬 \u2028"], "val", 0.0, 4.25, [{"question": "q", "answer": "a"}], {"k": [1]}
+        ),
+        Row("s3://b/k.mp4", "x" * 300),
+        Row("/v/" + os.fsdecode(b"\xff\xfe.mp4"), "odd"),
+        Row("/v/new\nline.mp4", 'quote" and \\'),
+    ]
+    out = str(tmp_path / "sub" / "out.jsonl")
+    assert write_manifest(rows, out) == 4
+    assert list(read_manifest(out)) == rows
+    with pytest.raises(ValueError, match="there is no clip to write"):
+        write_manifest([], str(tmp_path / "none.jsonl"))
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_folder_becomes_a_manifest(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    names = [
+        "b.mp4",
+        "a.MKV",
+        "sub/b.webm",
+        "same.mp4",
+        "same.webm",
+        "noext",
+        "-x.mp4",
+        "ü 🎬.mp4",
+        "no\nline.avi",
+    ]
+    names.append(os.fsdecode(b"\xff.mov"))
+    for name in [*names, "notes.txt", "pic.jpg", ".hidden", "sub/b.json"]:
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).write_bytes(b"x")
+    (videos / "folder.mp4").mkdir()
+    (videos / "dangling.mp4").symlink_to("gone")
+    count = folder_manifest(str(videos), str(tmp_path / "m.jsonl"))
+    rows = list(read_manifest(str(tmp_path / "m.jsonl")))
+    assert count == len(rows)
+    assert {row.video for row in rows} >= {str(videos / name) for name in names}
+    assert not {row.video for row in rows} & {
+        str(videos / name) for name in ("notes.txt", "pic.jpg", ".hidden")
+    }
+    assert len({row.id for row in rows}) == len(rows)
+    assert {"a", "sub/b", "same.mp4", "same.webm", "noext"} <= {row.id for row in rows}
+    with pytest.raises(ValueError, match="no videos in it"):
+        folder_manifest(str(tmp_path / "empty"), str(tmp_path / "n.jsonl"))

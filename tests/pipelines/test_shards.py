@@ -1,0 +1,381 @@
+"""Shards without Ray: every row accounted for, whole tars or none, whatever the files, the disk and the storage do."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import socket
+import stat
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbi.infra import storage
+from hbi.model.frames import FrameSettings
+from hbi.pipelines.decoding.decoder import Decoder
+from hbi.pipelines.sample import Sample, ShardIndex, read_shard
+from hbi.pipelines.sharding import shards
+from hbi.pipelines.sharding.plan import plan
+from hbi.pipelines.sharding.records import Failure, Record, unfinished, write_index
+from hbi.pipelines.sharding.shards import ShardError, ShardSettings, make_shard
+from tests.support.clips import video, write_clips, write_manifest
+from tests.support.s3 import Fault, ObjectStorage, object_storage
+
+SETTINGS = ShardSettings(FrameSettings(count=3, size=32), samples_per_shard=6)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with shards.decoder(SETTINGS) as running:
+        yield running
+
+
+def make(manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS) -> list[Record]:
+    """What `run.shard` does, one shard after the other: the obvious reference."""
+    planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
+    for unit, record in list(unfinished(out, planned.units)):
+        if record is None:
+            make_shard(out, unit, settings, decoder)
+    return list(write_index(out, planned))
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+
+
+def samples(out: Path) -> list[Sample]:
+    index = ShardIndex.read(str(out))
+    found = []
+    for shard in index.shards:
+        content = (out / shard.name).read_bytes()
+        assert len(content) == shard.bytes and hashlib.sha256(content).hexdigest() == shard.sha256
+        inside = list(read_shard(io.BytesIO(content)))
+        assert len(inside) == shard.samples
+        found += inside
+    return found
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """All that a run leaves, by name."""
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
+    }
+
+
+def test_samples_carry_what_the_manifest_says(tmp_path: Path, decoder: Decoder):
+    write_clips(tmp_path, 0)
+    qa = [{"question": "what?", "answer": "noise"}]
+    rows = [
+        {"video": "0.mp4", "id": "a", "captions": ["one", "two"], "qa": qa, "licence": "CC0", "n": 3},
+        {"video": "1.mp4", "start": 0.35, "end": 1.0},
+    ]
+    make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), decoder)
+    first, second = samples(tmp_path / "out")
+    assert (first.id, first.captions, first.qa) == ("a", ["one", "two"], qa)
+    assert first.extra == {"licence": "CC0", "n": 3}
+    assert first.source == str(tmp_path / "0.mp4") and first.key == "000000000"
+    assert (first.width, first.height, first.fps) == (96, 96, 10) and first.duration == pytest.approx(1.4)
+    assert first.images().shape == (3, 32, 32, 3)
+    assert first.timestamps == pytest.approx([0, 0.6, 1.3])
+    assert second.id == "1" and second.captions == []
+    assert second.timestamps == pytest.approx([0.4, 0.6, 0.9])
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_plain_webdataset_reads_them(tmp_path: Path, decoder: Decoder):
+    import webdataset
+
+    ids = ["dots.in.it", "sla/sh", "spa ce", "😀e\u0301", "same", "same", "n\udcff", "000000001", "x.00.jpg"]
+    write_clips(tmp_path, 0)
+    rows = [{"video": f"{i % 5}.mp4", "id": name} for i, name in enumerate(ids)]
+    make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), decoder)
+    found = []
+    for tar in sorted((tmp_path / "out").glob("*.tar")):
+        for group in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False):
+            assert {name for name in group if not name.startswith("__")} == {
+                "json",
+                "00.jpg",
+                "01.jpg",
+                "02.jpg",
+            }
+            found.append(json.loads(group["json"].decode("utf-8", "surrogateescape"))["id"])
+    assert found == ids
+    assert [sample.id for sample in samples(tmp_path / "out")] == ids
+
+
+def test_headers_hold_nothing_of_the_moment(tmp_path: Path, decoder: Decoder):
+    manifest = write_clips(tmp_path / "in", 3)
+    make(manifest, str(tmp_path / "out"), decoder)
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+    assert [m.name for m in members][:5] == [
+        *("000000000.json", "000000000.00.jpg", "000000000.01.jpg", "000000000.02.jpg", "000000001.json")
+    ]
+    make(manifest, str(tmp_path / "again"), decoder)
+    assert everything(tmp_path / "out") == everything(tmp_path / "again")
+
+
+def test_odd_names(tmp_path: Path, decoder: Decoder):
+    """Names that trip shells, globs, URLs and decoders; each is one sample."""
+    odd = [
+        "-dash.mp4", ".dot.mp4", "a.b.c.mp4", "spa ce.mp4", "quo'te\".mp4", "tab\tnew\nline.mp4", "per%20cent.mp4",
+        "gl*b?[x].mp4", "{a,b}.mp4", "$(sh);|&.mp4", "😀.mp4", "e\u0301.mp4", "\xe9.mp4", "not utf\udcff8.mp4",
+        "x" * 245 + ".mp4", "no-extension", "UPPER.MP4", "# ?a=b.mp4", "back\\slash.mp4",
+    ]  # fmt: skip
+    for name in odd:
+        (tmp_path / name).write_bytes(video(0))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.mp4").write_bytes(video(1))
+        odd.append(f"{folder}/same.mp4")
+    (tmp_path / "link.mp4").symlink_to("no-extension")
+    odd.append("link.mp4")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": name} for name in odd])
+    make(manifest, str(tmp_path / "out"), decoder)
+    assert lines(tmp_path / "out") == []
+    assert [sample.source for sample in samples(tmp_path / "out")] == [f"{tmp_path}/{name}" for name in odd]
+
+
+def test_what_cannot_be_read_is_a_failure_with_its_reason(tmp_path: Path, decoder: Decoder):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "dangling.mp4").symlink_to("nowhere.mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n0.mp4\n")
+    os.mkfifo(tmp_path / "fifo.mp4")
+    (tmp_path / "good.mp4").write_bytes(video(0))
+    with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):
+        listener.bind(str(tmp_path / "socket.mp4"))
+    want = {
+        "folder.mp4": "is a folder",
+        "dangling.mp4": "no such file",
+        "missing.mp4": "no such file",
+        "loop.mp4": "too many levels of symbolic links",
+        "fifo.mp4": "not a regular file",
+        "/dev/zero": "not a regular file",
+        "good.mp4/inside.mp4": "not a directory",
+        "nul\0l.mp4": "null",
+        "lone\ud800.mp4": "surrogates",
+        "y" * 300 + ".mp4": "name too long",
+        "ftp://host/a.mp4": "ftp://",
+        "empty.mp4": "",
+        "list.mp4": "",
+    }
+    rows = [{"video": name} for name in want] + [{"video": "good.mp4", "id": "good"}]
+    make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), decoder)
+    failures = lines(tmp_path / "out")
+    assert [Path(row["video"]).name for row in failures] == [Path(name).name for name in want]
+    for row, reason in zip(failures, want.values(), strict=True):
+        assert row["stage"] == ("read" if reason else "decode"), row
+        assert reason in row["reason"].lower() and row["reason"], row
+    assert [sample.id for sample in samples(tmp_path / "out")] == ["good"]
+
+
+def test_a_shard_of_failures_has_no_tar(tmp_path: Path, decoder: Decoder):
+    rows = [{"video": f"missing{i}.mp4"} for i in range(7)]
+    records = make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), decoder)
+    assert [record.rows for record in records] == [6, 1] and list((tmp_path / "out").glob("*.tar")) == []
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (index["samples"], index["failures"], index["shards"]) == (0, 7, [])
+
+
+def test_only_what_is_missing_is_made(tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch):
+    manifest, out = write_clips(tmp_path / "in", 32), tmp_path / "out"
+    make(manifest, str(out), decoder)
+    before = everything(out)
+    (out / "train-000000.tar").unlink()
+    (out / "train-000001.tar").write_bytes(b"cut short")
+    (out / ".done" / "train-000002.tar.json").unlink()
+    (out / ".done" / "test-000000.tar.json").write_bytes(b"{broken")
+    (out / "index.json").unlink()
+    made = []
+    monkeypatch.setitem(
+        globals(), "make_shard", lambda *args: made.append(args[1].name) or shards.make_shard(*args)
+    )
+    make(manifest, str(out), decoder)
+    assert sorted(made) == ["test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_cut_short_at_any_moment_it_ends_the_same(
+    tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, moment: int
+):
+    """Stopped before the n-th thing that it writes, then run again."""
+    manifest = write_clips(tmp_path / "in", 12)
+    make(manifest, str(tmp_path / "whole"), decoder)
+    left = [2 + moment]  # the plan takes two
+
+    def counted(write: Any) -> Any:
+        def wrapped(*args: Any, **more: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            write(*args, **more)
+
+        return wrapped
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "put_file", counted(storage.put_file))
+        patch.setattr(storage, "write_bytes", counted(storage.write_bytes))
+        make(manifest, str(tmp_path / "out"), decoder)
+    make(manifest, str(tmp_path / "out"), decoder)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_a_full_disk_stops_with_whole_shards_only(tmp_path: Path, decoder: Decoder):
+    out = tmp_path / "out"
+    out.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(out)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        manifest = write_clips(tmp_path / "in", 40)
+        with pytest.raises(ShardError, match=r"^no space left for train-00000\d\.tar .*run again"):
+            make(manifest, str(out), decoder)
+        there = sorted(out.glob("*.tar"))
+        assert there
+        assert all(len(list(read_shard(io.BytesIO(tar.read_bytes())))) == 6 for tar in there)
+        assert list((out / ".spool").iterdir()) == [] and not (out / "index.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=10m", str(out)], check=True)
+        make(manifest, str(out), decoder)
+        assert len(samples(out)) == 40
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+def test_a_full_disk_is_told_from_a_broken_clip(
+    tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(ShardError, match=r"no space left for .*No space left on device"):
+        make(write_clips(tmp_path / "in", 4), str(tmp_path / "out"), decoder)
+    assert list((tmp_path / "out").glob("*.tar")) == []
+
+
+def test_an_output_that_may_not_be_written_is_named(tmp_path: Path, decoder: Decoder):
+    manifest, out = write_clips(tmp_path / "in", 4), tmp_path / "out"
+    plan(manifest, str(out), SETTINGS.identity(), SETTINGS.samples_per_shard)
+    (out / "train-000000.tar").mkdir()
+    with pytest.raises(ShardError, match=r"train-000000\.tar cannot be written to .*out"):
+        make(manifest, str(out), decoder)
+
+
+# --- Object storage -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
+    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
+        running.use(patch)
+        for seed in range(5):
+            running.path(f"{seed}.mp4").write_bytes(video(seed))
+        yield running
+
+
+@pytest.fixture
+def remote(server: ObjectStorage) -> Iterator[ObjectStorage]:
+    server.faults.clear()
+    server.requests.clear()
+    yield server
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"video": f"{i % 5}.mp4", "id": f"clip {i}"} for i in range(count)]
+
+
+def test_from_storage_to_storage_equals_local(
+    tmp_path: Path, decoder: Decoder, remote: ObjectStorage, monkeypatch: pytest.MonkeyPatch
+):
+    """With something wrong at every turn: the bytes are those of a run without storage, but for the source."""
+    storage.write_bytes(remote.uri("m.jsonl"), write_bytes_of(rows(10)))
+    remote.hang_seconds = 1.2
+    remote.faults[:] = [
+        Fault("503", "m.jsonl"), Fault("cut", "0.mp4"), Fault("short", "1.mp4", times=2), Fault("drop", "2.mp4"),
+        Fault("hang", "3.mp4"), Fault("500", "4.mp4"), Fault("503", "train-000000.tar", "PUT", 2),
+        Fault("drop", "train-000001.tar", "PUT"), Fault("503", "index.json", "PUT"), Fault("503", "plan.json", "HEAD"),
+        Fault("503", "0.mp4", "HEAD"),
+    ]  # fmt: skip
+    make(remote.uri("m.jsonl"), remote.uri("out"), decoder)
+    assert all(fault.times == 0 for fault in remote.faults), remote.faults
+    for seed in range(5):
+        (tmp_path / f"{seed}.mp4").write_bytes(video(seed))
+    make(write_manifest(tmp_path / "m.jsonl", rows(10)), str(tmp_path / "out"), decoder)
+    there, here = samples(remote.path("out")), samples(tmp_path / "out")
+    assert [sample.frames for sample in there] == [sample.frames for sample in here]
+    assert [sample.source for sample in there] == [remote.uri(f"{i % 5}.mp4") for i in range(10)]
+    remote.requests.clear()
+    make(remote.uri("m.jsonl"), remote.uri("out"), decoder)
+    assert not [path for method, path in remote.requests if method == "PUT" and ".tar" in path], "made again"
+
+
+def write_bytes_of(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_a_key_that_stays_missing_is_a_failure(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        [
+            {"video": remote.uri("none.mp4")},
+            {"video": remote.uri("1.mp4")},
+            {"video": "s3://no-bucket/a.mp4"},
+        ],
+    )
+    make(manifest, str(tmp_path / "out"), decoder)
+    assert [(row["stage"], row["reason"]) for row in lines(tmp_path / "out")] == [
+        ("read", "no such object")
+    ] * 2
+    assert len(samples(tmp_path / "out")) == 1
+
+
+def test_what_an_outage_cost_is_made_up_for(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
+    """A clip that the storage kept refusing is a failure, and the next run tries its shard again."""
+    videos = [{"video": remote.uri(f"{i}.mp4")} for i in range(3)]
+    manifest = write_manifest(tmp_path / "m.jsonl", videos)
+    remote.faults[:] = [Fault("503", "1.mp4", times=1000)]
+    make(manifest, str(tmp_path / "out"), decoder)
+    (failure,) = lines(tmp_path / "out")
+    assert failure["stage"] == "read" and "storage kept failing" in failure["reason"]
+    assert len(samples(tmp_path / "out")) == 2
+    remote.faults.clear()
+    make(manifest, str(tmp_path / "out"), decoder)
+    assert lines(tmp_path / "out") == [] and len(samples(tmp_path / "out")) == 3
+
+
+def test_an_outage_of_everything_stops_the_run(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": remote.uri(f"{i}.mp4")} for i in range(3)])
+    remote.faults[:] = [Fault("503", ".mp4", times=1000)]
+    with pytest.raises(ShardError, match=r"storage kept failing.*Run again"):
+        make(manifest, str(tmp_path / "out"), decoder)
+    remote.faults.clear()
+    make(manifest, str(tmp_path / "out"), decoder)
+    assert len(samples(tmp_path / "out")) == 3
+
+
+def test_a_remote_video_of_many_clips_is_fetched_once(
+    tmp_path: Path, decoder: Decoder, remote: ObjectStorage
+):
+    cuts = [{"video": remote.uri("2.mp4"), "start": i / 10, "end": i / 10 + 0.5} for i in range(5)]
+    make(write_manifest(tmp_path / "m.jsonl", cuts), str(tmp_path / "out"), decoder)
+    assert len(samples(tmp_path / "out")) == 5
+    assert sum(method == "GET" and "2.mp4" in path for method, path in remote.requests) == 1
+
+
+def test_failures_say_nothing_but_the_contract(tmp_path: Path, decoder: Decoder):
+    make(write_manifest(tmp_path / "m.jsonl", [{"video": "x.mp4"}]), str(tmp_path / "out"), decoder)
+    assert [list(row) for row in lines(tmp_path / "out")] == [["key", "id", "video", "stage", "reason"]]
+    assert stat.S_IMODE((tmp_path / "out" / "index.json").stat().st_mode) == 0o644
+    assert Failure("1", "i", "v", "read", "r").passing is False

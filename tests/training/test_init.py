@@ -1,0 +1,90 @@
+"""A run that begins from another model: its weights, its sizes, its tokenizer, kept in the run's own folder."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbi.model.config import ModelConfig
+from hbi.model.text import load_tokenizer, train_tokenizer
+from hbi.model.weights import build_model, load_model, load_published, save_model
+from hbi.pipelines.sample import ShardIndex
+from hbi.training.checkpoint import Checkpoints
+from hbi.training.init import START, with_start
+from hbi.training.loop import Hooks, Training
+from hbi.training.parallel import Place
+from hbi.training.run import tokenizer_of, with_tokenizer
+from hbi.training.settings import TrainConfig
+from tests.model.test_published import LISTING, rescaled, state_of
+from tests.support.training_shards import FRAMES, SIZE, make_shards, tiny_model, tiny_run
+
+
+def begun(config: TrainConfig, index: ShardIndex, out: Path) -> Training:
+    """The run as `train` sets it up, before its first step."""
+    config = with_tokenizer(with_start(config, str(out), None), index, str(out))
+    place = Place.here()
+    checkpoints = Checkpoints(str(out / "checkpoints"), 1, "val/t2v/R@1", place)
+    start = str(out / START) if config.start else ""
+    quiet = Hooks(say=lambda line: None)
+    return Training(config, index, tokenizer_of(config, str(out)), checkpoints, place, quiet, start)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A model folder of other depths than the run's, with a tokenizer of its own."""
+    tokenizer = train_tokenizer(["a clip of a dog and a cat"] * 3, 280)
+    wanted = tiny_model(temporal_layers=2)
+    towers = replace(wanted.towers, vocab_size=len(tokenizer))
+    save_model(build_model(replace(wanted, towers=towers)), tmp_path / "other", tokenizer)
+    return tmp_path / "other"
+
+
+def test_a_run_begins_with_the_weights_sizes_and_tokenizer_of_a_model_folder(other: Path, tmp_path: Path):
+    index = make_shards(tmp_path / "shards", train=[9])
+    base = tiny_run()
+    config = replace(base, start=str(other), model=replace(base.model, checkpointing=True))
+    words = load_tokenizer(other).get_vocab()
+    weights = load_model(other)
+    training = begun(config, index, tmp_path / "a")
+    assert training.config.model.temporal_layers == 2 and training.config.model.checkpointing
+    assert training.tokenizer.get_vocab() == words
+    for name, value in weights.state_dict().items():
+        assert torch.equal(training.model.state_dict()[name], value), name
+    training.fit()
+    moved = training.model.state_dict()["text_weights.entity.0.weight"]
+    assert not torch.equal(moved, weights.state_dict()["text_weights.entity.0.weight"])
+
+    shutil.rmtree(other)  # whatever became of it, the run goes on
+    assert begun(config, index, tmp_path / "a").progress.step == training.progress.step > 0
+
+
+def test_a_run_begins_with_a_published_checkpoint(other: Path, tmp_path: Path):
+    shapes = rescaled(LISTING["shapes"], width=64, patch=SIZE // 2, grid=2, layers=(1, 1, 1), predictor=4)
+    state = {name: torch.from_numpy(value) for name, value in state_of(shapes).items()}
+    torch.save(state, tmp_path / "published.bin")
+    index = make_shards(tmp_path / "shards", train=[9])
+    config = replace(
+        tiny_run(),
+        start=str(tmp_path / "published.bin"),
+        model=ModelConfig(backbone=str(other), words=12, frames=FRAMES),
+    )
+    training = begun(config, index, tmp_path / "a")
+    published = load_published(state, words=12, frames=FRAMES)
+    assert training.config.model == replace(published.config, masking="exact", freeze_patches=False)
+    for name, value in published.state_dict().items():
+        assert torch.equal(training.model.state_dict()[name], value), name
+
+    with pytest.raises(ValueError, match=r"size 16, but the model takes 32"):
+        shapes = rescaled(LISTING["shapes"], width=64, patch=16, grid=2, layers=(1, 1, 1), predictor=4)
+        torch.save(
+            {name: torch.from_numpy(v) for name, v in state_of(shapes).items()}, tmp_path / "published.bin"
+        )
+        begun(config, index, tmp_path / "b")
+
+
+def test_what_is_no_model_is_said_in_one_line(tmp_path: Path):
+    index = make_shards(tmp_path / "shards", train=[2])
+    with pytest.raises(ValueError, match=r"^[^\n]*nowhere[^\n]*$"):
+        begun(replace(tiny_run(), start=str(tmp_path / "nowhere")), index, tmp_path / "a")

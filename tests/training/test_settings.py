@@ -1,0 +1,56 @@
+"""Configurations: checked when made, the same after JSON."""
+
+import json
+
+import pytest
+
+from hbi.model.config import ModelConfig, TowerConfig
+
+
+def test_round_trip_through_json() -> None:
+    config = ModelConfig(
+        backbone="some/clip",
+        towers=TowerConfig(dim=64, activation="gelu"),
+        word_ratios=(0.5, 0.5),
+        masking="published",
+    )
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    assert ModelConfig.from_dict({}) == ModelConfig()
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(ValueError, match="ModelConfig has no field depth, width"):
+        ModelConfig.from_dict({"width": 1, "depth": 2})
+    with pytest.raises(ValueError, match="TowerConfig has no field size"):
+        ModelConfig.from_dict({"towers": {"size": 1}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"words": 1}, r"ModelConfig\.words is 1, must lie between 2"),
+        ({"words": 78}, r"ModelConfig\.words is 78, .*context \(77\)"),
+        ({"frames": 0}, r"ModelConfig\.frames is 0, must be at least 1"),
+        ({"temporal_layers": -1}, r"ModelConfig\.temporal_layers is -1"),
+        ({"word_ratios": (0.0, 0.5)}, r"ModelConfig\.word_ratios is"),
+        ({"frame_ratios": (0.5, 1.5)}, r"ModelConfig\.frame_ratios is"),
+    ],
+)
+def test_model_fields_are_checked(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": 15}, r"TowerConfig\.patch_size is 15, must divide image_size \(64\)"),
+        ({"vision_heads": 3}, r"TowerConfig\.vision_heads is 3, must divide vision_width"),
+        ({"text_heads": 5}, r"TowerConfig\.text_heads is 5, must divide text_width"),
+        ({"text_layers": 0}, r"TowerConfig\.text_layers is 0, must be at least 1"),
+    ],
+)
+def test_tower_fields_are_checked(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TowerConfig(**values)
