@@ -7,12 +7,14 @@ import av
 import numpy as np
 import pytest
 
-from hbi.pipelines.corpus import make as corpus
-from hbi.pipelines.corpus.make import Clause, Thing
+from hbi.pipelines.corpus.captions import caption
+from hbi.pipelines.corpus.make import make_corpus
+from hbi.pipelines.corpus.render import CLAUSE_FRAMES, STILL_FRAMES, render
+from hbi.pipelines.corpus.scripts import Clause, Entity, make_scripts
 
 
 def made(out: Path, **settings) -> list[dict]:
-    list(corpus.make_corpus(str(out), **settings))
+    list(make_corpus(str(out), **settings))
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
 
 
@@ -38,12 +40,12 @@ def test_a_clip_is_h264_of_the_length_its_script_asks_for(tmp_path: Path) -> Non
             stream = container.streams.video[0]
             clauses = row["captions"][0].count(" then ") + 1
             assert stream.codec.canonical_name == "h264"
-            assert stream.frames == clauses * corpus.CLAUSE_FRAMES + 2 * corpus.STILL_FRAMES
+            assert stream.frames == clauses * CLAUSE_FRAMES + 2 * STILL_FRAMES
 
 
 def test_half_of_the_clips_or_more_differ_from_another_in_one_word() -> None:
-    scripts = corpus._scripts(400, seed=0)
-    told = [corpus.caption(script).split() for script in scripts]
+    scripts = make_scripts(400, seed=0)
+    told = [caption(script).split() for script in scripts]
     assert len({" ".join(words) for words in told}) == len(told), "two clips share a caption"
 
     def one_word_apart(a: list[str], b: list[str]) -> bool:
@@ -54,7 +56,7 @@ def test_half_of_the_clips_or_more_differ_from_another_in_one_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deed", "holds"),
+    ("action", "holds"),
     [
         ("moves left", lambda first, last: last[0] < first[0] - 10),
         ("moves right", lambda first, last: last[0] > first[0] + 10),
@@ -66,9 +68,9 @@ def test_half_of_the_clips_or_more_differ_from_another_in_one_word() -> None:
         ("vanishes", lambda first, last: last[2] == 0 < first[2]),
     ],
 )
-def test_the_thing_does_the_deed(deed: str, holds) -> None:
-    script = (Clause(Thing("red", "square"), deed),)
-    frames = corpus.render(script, np.random.default_rng(5))
+def test_the_entity_does_the_action(action: str, holds) -> None:
+    script = (Clause(Entity("red", "square"), action),)
+    frames = render(script, np.random.default_rng(5))
 
     def centre_and_area(frame: np.ndarray) -> tuple[float, float, int]:
         down, across = np.nonzero(frame[..., 0].astype(int) - frame[..., 1] > 100)
@@ -79,4 +81,4 @@ def test_the_thing_does_the_deed(deed: str, holds) -> None:
 
 def test_too_few_clips_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--clips 5"):
-        list(corpus.make_corpus(str(tmp_path), clips=5))
+        list(make_corpus(str(tmp_path), clips=5))

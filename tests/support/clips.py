@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbi.pipelines.corpus.make import SIDE, encode
+from hbi.pipelines.corpus.render import SIDE, encode
 
 
 @cache
