@@ -4,14 +4,19 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hbi.infra.project import ROOT
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+
+MESSAGE_SECONDS = 0.3
+"""Between two looks for messages of workers."""
 
 
 @contextmanager
@@ -53,6 +58,58 @@ def dataset_of(rows: list[dict[str, Any]]) -> "Dataset":
     # A row may take its time.
     data.context.execution_no_progress_timeout_s = -1
     return data
+
+
+@contextmanager
+def messages(receive: Callable[[Any], object]) -> Iterator[Callable[[Any], object]]:
+    """Inside, what any worker gives to the sender yielded here is received by this process, in the order it came.
+
+    The sender travels to workers, and returns at once. What it sends lies on this process's own node until it is
+    received: the loss of another node loses nothing else.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    box: Any = ray.remote(_mailbox()).options(num_cpus=0, scheduling_strategy=here).remote()
+    over = threading.Event()
+
+    def deliver() -> None:
+        with suppress(RayError):  # Ray is being stopped
+            for message in ray.get(box.take.remote()):
+                receive(message)
+
+    def listen() -> None:
+        while not over.wait(MESSAGE_SECONDS):
+            deliver()
+
+    listener = threading.Thread(target=listen, name="messages", daemon=True)
+    listener.start()
+    try:
+        yield box.put.remote
+    finally:
+        over.set()
+        listener.join()
+        deliver()
+        ray.kill(box)
+
+
+def _mailbox() -> type:
+    """The class of the actor that holds messages; made here, so that it travels whole to a Python without us."""
+
+    class Mailbox:
+        def __init__(self) -> None:
+            self.held: list[Any] = []
+
+        def put(self, message: Any) -> None:
+            self.held.append(message)
+
+        def take(self) -> list[Any]:
+            held, self.held = self.held, []
+            return held
+
+    return Mailbox
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files, local or in object storage: the only importer of s3fs.
+"""Files, local or in object storage: the only door to s3fs.
 
 Paths are strings: local ones (any bytes that the file system allows, as `os.fsdecode` gives them), `file://` and
 `s3://`. Credentials and endpoint are s3fs's own: the AWS_* variables and files, and fsspec's configuration
@@ -13,20 +13,20 @@ import functools
 import io
 import os
 import posixpath
-import random
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from s3fs import S3FileSystem
+    from fsspec import AbstractFileSystem
 
-PAUSES = (0.2, 0.6, 2.0, 5.0, 10.0)
-"""Seconds to wait before each further try of a request, times a random factor of 0.5 to 1."""
+TRIES = 6
+"""How often a request is made before it counts as failed."""
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.3, 10.0
+"""Before the second try, and at most; a pause is a random part of three times the one before it."""
 RANGE_BYTES = 8 * 2**20
 """Objects are read in requests of this size, each tried again by itself."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -50,18 +50,13 @@ def is_remote(path: str) -> bool:
 
 def filesystem(path: str) -> Any:
     """The fsspec filesystem of a path (made once per process), for what this module does not offer itself."""
-    if is_remote(path):
-        return _s3(os.getpid())
-    import fsspec
-
-    return fsspec.filesystem("file")
+    return _s3(os.getpid()) if is_remote(path) else _filesystem("file://")
 
 
 @functools.lru_cache(maxsize=1)
-def _s3(pid: int) -> "S3FileSystem":
+def _s3(pid: int) -> "AbstractFileSystem":
     """s3fs with one layer of retries, ours: its own and botocore's beneath would multiply the waiting."""
     from fsspec.config import conf
-    from s3fs import S3FileSystem
 
     configured = conf.get("s3", {}).get("config_kwargs", {})
     # Checksums only where S3 demands them: other servers give a range the checksum of the whole object.
@@ -70,30 +65,43 @@ def _s3(pid: int) -> "S3FileSystem":
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    remote = S3FileSystem(config_kwargs=ours | configured, use_listings_cache=False, skip_instance_cache=True)
+    remote: Any = _filesystem(
+        "s3://", config_kwargs=ours | configured, use_listings_cache=False, skip_instance_cache=True
+    )
     remote.retries = 1
     return remote
 
 
+def _filesystem(uri: str, **options: Any) -> "AbstractFileSystem":
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(uri, **options)[0]
+
+
 def _persist(what: str, request: Callable[[], Result]) -> Result:
-    """`request()`, again after each pause while it fails for a reason that may pass."""
+    """`request()`, again after growing pauses while it fails for a reason that may pass."""
+    import tenacity
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
 
-    for pause in (*PAUSES, None):
-        try:
-            return request()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError):
-            raise
-        except (NoCredentialsError, ParamValidationError) as error:
-            raise PermissionError(f"{what}: {error}") from error
-        except (OSError, BotoCoreError, ClientError, HttpError) as error:
-            if pause is None:
-                raise StorageError(
-                    f"{what}: storage kept failing, {len(PAUSES) + 1} tries ({error})"
-                ) from error
-            time.sleep(pause * random.uniform(0.5, 1))
-    raise AssertionError("unreachable")
+    passing = (OSError, BotoCoreError, ClientError, HttpError)
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError)
+    refused = (NoCredentialsError, ParamValidationError)
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(passing)
+        & tenacity.retry_if_not_exception_type((*lasting, *refused)),
+        stop=tenacity.stop_after_attempt(TRIES),
+        wait=tenacity.wait_random_exponential(PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, exp_base=3),
+        reraise=True,
+    )
+    try:
+        return tries(request)
+    except lasting:
+        raise
+    except refused as error:
+        raise PermissionError(f"{what}: {error}") from error
+    except passing as error:
+        raise StorageError(f"{what}: storage kept failing, {TRIES} tries ({error})") from error
 
 
 def _local(path: str) -> str:
@@ -159,7 +167,6 @@ class _Ranges(io.RawIOBase):
 
     def __init__(self, path: str):
         self.path, self.position, self.bytes = path, 0, size(path)
-        self.remote = filesystem(path)
 
     def readable(self) -> bool:
         return True
@@ -179,7 +186,7 @@ class _Ranges(io.RawIOBase):
         end = min(self.bytes, self.position + min(len(buffer), RANGE_BYTES))
         if end <= self.position:
             return 0
-        content = _persist(self.path, lambda: self._range(self.position, end))
+        content = read_range(self.path, self.position, end - self.position)
         buffer[: len(content)] = content
         self.position = end
         return len(content)
@@ -192,18 +199,32 @@ class _Ranges(io.RawIOBase):
             filled += self.readinto(view[filled:])
         return bytes(rest)
 
-    def _range(self, start: int, end: int) -> bytes:
-        content = self.remote.cat_file(_key(self.path), start=start, end=end)
-        if len(content) != end - start:
-            raise OSError(f"short read: {len(content)} bytes of {end - start} from byte {start}")
-        return content
-
 
 def open_file(path: str) -> IO[bytes]:
     """A file for reading, seekable; remote ones are fetched in ranges as they are read."""
     if is_remote(path):
         return io.BufferedReader(_Ranges(path), buffer_size=RANGE_BYTES)
     return Path(_local(path)).open("rb")
+
+
+def read_range(path: str, start: int, length: int) -> bytes:
+    """`length` bytes from byte `start` on, in one request. FileNotFoundError; OSError if there are fewer."""
+    if not is_remote(path):
+        with open_file(path) as stream:
+            stream.seek(start)
+            return _of_length(stream.read(length), start, length)
+    remote = filesystem(path)
+
+    def request() -> bytes:
+        return _of_length(remote.cat_file(_key(path), start=start, end=start + length), start, length)
+
+    return _persist(path, request) if length else b""
+
+
+def _of_length(content: bytes, start: int, length: int) -> bytes:
+    if len(content) != length:
+        raise OSError(f"short read: {len(content)} bytes of {length} from byte {start}")
+    return content
 
 
 def read_bytes(path: str) -> bytes:

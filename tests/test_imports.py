@@ -20,13 +20,15 @@ BELOW = {
 ONLY_IN = {
     "ray": (
         "infra/ray_runtime.py",
+        "infra/nodes.py",
+        "infra/cluster/",
         "pipelines/sharding/",
         "serving/",
         "training/run.py",
         "training/checkpoint.py",
     ),
     "mlflow": ("infra/mlflow/", "serving/pyfunc.py"),
-    "s3fs": ("infra/storage.py",),
+    "fsspec": ("infra/storage.py",),
     "decord": ("pipelines/decoding/",),
     "av": ("pipelines/decoding/", "pipelines/corpus/"),
 }

@@ -80,6 +80,16 @@ def test_open_file_seeks(base: str, monkeypatch: pytest.MonkeyPatch):
     assert storage.read_bytes(path) == content
 
 
+def test_a_range_is_read_by_itself(base: str, remote: ObjectStorage):
+    path = storage.join(base, "rows.jsonl")
+    storage.write_bytes(path, b"one two three")
+    remote.requests.clear()
+    assert storage.read_range(path, 4, 3) == b"two" and storage.read_range(path, 0, 0) == b""
+    assert len(remote.requests) == (1 if storage.is_remote(path) else 0)
+    with pytest.raises(OSError, match="short read: 5 bytes of 6"):
+        storage.read_range(path, 8, 6)
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "kept"
     storage.write_bytes(str(path), b"before")
@@ -111,9 +121,9 @@ def test_writing_survives_faults_that_pass(remote: ObjectStorage, kind: str):
 def test_faults_that_last_are_named(remote: ObjectStorage):
     remote.put("down", b"x")
     remote.faults[:] = [Fault("503", "down", times=1000)]
-    with pytest.raises(storage.StorageError, match=r"s3://corpus/down: .*5 tries.*"):
+    with pytest.raises(storage.StorageError, match=r"s3://corpus/down: .*6 tries.*"):
         storage.read_bytes(remote.uri("down"))
-    assert sum("down" in path for method, path in remote.requests if method == "GET") == 5
+    assert sum("down" in path for method, path in remote.requests if method == "GET") == storage.TRIES
 
 
 def test_a_missing_object_is_asked_for_once(remote: ObjectStorage):

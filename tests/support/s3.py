@@ -76,7 +76,8 @@ class ObjectStorage:
             patch.setenv(name, value)
         set_conf_env(now := dict(conf))
         patch.setitem(conf, "s3", now["s3"])
-        patch.setattr(storage, "PAUSES", (0.01,) * 4)
+        patch.setattr(storage, "PAUSE_SECONDS", 0.01)
+        patch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.01)
         storage._s3.cache_clear()
 
     def take(self, method: str, path: str) -> str | None:

@@ -1,0 +1,130 @@
+"""What the cluster that Ray runs on has: CPUs and GPUs, its nodes, and whether they see a path."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hbi.infra import storage
+
+DECODE = "decode"
+"""Label (any value but `false`) or resource of the nodes that decoding prefers."""
+
+
+def cores() -> int:
+    """CPUs that this process may use: its affinity, and the limit of its container."""
+    from joblib import cpu_count
+
+    return max(1, cpu_count())
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """The nodes of the running cluster, as `ray.nodes()` describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def decode_options() -> dict[str, Any]:
+    """Ray's options for an actor that decodes: on the nodes kept for that where there are any, else anywhere."""
+    nodes = alive_nodes()
+    for node in nodes:
+        value = node.get("Labels", {}).get(DECODE)
+        if value not in (None, "false"):
+            return {"label_selector": {DECODE: value}, "fallback_strategy": [{"label_selector": {}}]}
+    return {"resources": {DECODE: 0.001}} if any(node["Resources"].get(DECODE) for node in nodes) else {}
+
+
+def require_resources(what: str, wanted: Mapping[str, float]) -> None:
+    """ValueError where the cluster has not, and cannot grow to have, what is wanted of it (`{"GPU": 2}`)."""
+    import ray
+    from ray._private.state import state
+
+    now = ray.cluster_resources()
+    most = state.get_max_resources_from_cluster_config() or {}
+    for name, count in wanted.items():
+        has = max(now.get(name, 0), most.get(name, 0))
+        if count > has:
+            nodes = len(alive_nodes())
+            raise ValueError(
+                f"{what}: asks for {count:g} {name}s, and the cluster has {has:g} (on {nodes} "
+                f"node{'s' if nodes > 1 else ''}, with {now.get('CPU', 0):g} CPUs): ask for less, or add nodes"
+            )
+
+
+def require_shared(paths: Mapping[str, str]) -> None:
+    """ValueError for a local path that a node of the running cluster does not see as this machine does.
+
+    paths: what each is called in the message (`--out`), with the path or the sqlite URI; what is remote passes. A
+    folder that is not there yet is made.
+    """
+    local = {name: path for name, path in paths.items() if _is_local(path)}
+    nodes = alive_nodes()
+    if len(nodes) < 2 or not local:
+        return
+    for name, path in local.items():
+        if path.startswith("sqlite:"):
+            raise ValueError(
+                f"{name} {path}: {len(nodes)} nodes cannot share a sqlite file: start `mlflow server` and give its "
+                "http:// address (MLFLOW_TRACKING_URI)"
+            )
+    places = {name: storage.absolute(path) for name, path in local.items()}
+    for place in places.values():
+        if not os.path.exists(place):  # noqa: PTH110
+            os.makedirs(place)  # noqa: PTH103
+    here = {place: _stamp(place) for place in places.values()}
+    for node, there in _on_every_node(nodes, list(places.values())).items():
+        for name, place in places.items():
+            if there[place] != here[place]:
+                raise ValueError(
+                    f"{name} {place}: node {node} does not see this folder, and the cluster has {len(nodes)} nodes: "
+                    "use s3://, a models:/ name, or a file system that all of them share"
+                )
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith("sqlite:") or not (
+        path.startswith(("models:/", "http://", "https://")) or storage.is_remote(path)
+    )
+
+
+def _stamp(place: str) -> tuple[int, int] | None:
+    """By what a file or folder is known again; None where there is none."""
+    try:
+        found = os.stat(place)  # noqa: PTH116
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _on_every_node(nodes: list[dict[str, Any]], places: list[str]) -> dict[str, dict[str, Any]]:
+    """The stamps of the places as each node sees them, by its address; nodes that die meanwhile are left out."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look(places: list[str]) -> dict[str, tuple[int, int] | None]:
+        # Nothing of the project here: a node's Python may lack it.
+        import os
+
+        found: dict[str, tuple[int, int] | None] = {}
+        for place in places:
+            try:
+                stat = os.stat(place)  # noqa: PTH116
+                found[place] = stat.st_size, stat.st_mtime_ns
+            except OSError:
+                found[place] = None
+        return found
+
+    asked = {
+        node["NodeManagerAddress"]: ray.remote(look)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(places)
+        for node in nodes
+    }
+    answers = {}
+    for address, answer in asked.items():
+        try:
+            answers[address] = ray.get(answer)
+        except RayError:
+            continue
+    return answers
