@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.mlflow_server import Server
 
 # Before any of ours is imported: child processes and Ray workers inherit it, and nothing may look for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,3 +37,19 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    from tests.support.mlflow_server import Server
+
+    server = Server(tmp_path_factory.mktemp("mlflow-server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mlflow_server(_mlflow_server: "Server") -> "Server":
+    """One `mlflow server` for the session, up at the start of each test that asks for it."""
+    _mlflow_server.start()
+    return _mlflow_server

@@ -290,10 +290,15 @@ def _package_folder(version: Any, uri: str) -> Path:
         source = client(uri).get_logged_model(source.removeprefix("models:/")).artifact_location
     if urlsplit(source).scheme in ("", "file"):
         return Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
-    return cached(
-        f"{uri} {source}",
-        lambda folder: download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=uri),
-    )
+
+    def fetch(folder: Path) -> None:
+        # Where MLflow puts the files below the folder that it is given depends on the kind of store.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch, _no_progress_bar():
+            made = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=uri))
+            for path in made.iterdir():
+                path.rename(folder / path.name)
+
+    return cached(f"package {uri} {source}", fetch)
 
 
 def _model_inside(package: Path, model: str) -> Path:

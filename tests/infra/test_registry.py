@@ -27,6 +27,7 @@ from hbi.model.hbi import HBI
 from hbi.model.text import load_tokenizer, tokenize, train_tokenizer
 from hbi.model.weights import load_model, save_model
 from hbi.serving.package import PACKAGE
+from tests.support.mlflow_server import Server
 from tests.support.mlflow_store import fresh_store
 from tests.support.training_shards import tiny_model
 
@@ -198,6 +199,30 @@ def test_a_remote_package_is_fetched_once(
     with pytest.raises(ConnectionError):
         cached("other", fail)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [first.name]
+
+
+def test_a_version_of_a_server_over_http(
+    mlflow_server: Server, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its artifacts are proxied: they go and come through the server. The alias is registered, pinned and fetched."""
+    monkeypatch.setenv("HBI_CACHE", str(tmp_path / "cache"))
+    uri = mlflow_server.uri
+    run = registry.client(uri).create_run(registry.experiment_id(uri, "over-http")).info.run_id
+    version = log_and_register(
+        model_folder, run, uri, PACKAGE, NewVersion(name="over-http", alias="champion")
+    )
+    assert list(mlflow_server.artifacts.rglob("model.safetensors"))
+    name = "models:/over-http@champion"
+    assert pin_model(name, uri) == f"models:/over-http/{version}"
+    folder = Path(resolve_model(name, uri))
+    assert folder.is_relative_to(tmp_path / "cache")
+    weights = load_model(model_folder).state_dict()
+    loaded = load_model(folder).state_dict()
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
+    load_tokenizer(folder)
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*"))
+    assert Path(resolve_model(f"models:/over-http/{version}", uri)) == folder
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")) == before
 
 
 # --------------------------------------------------------------------------------------------- elsewhere

@@ -1,13 +1,7 @@
 """Tracking: nothing waits, nothing is lost, whatever the server does."""
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +13,9 @@ from hbi.infra.mlflow import registry
 from hbi.infra.mlflow import tracker as tracking
 from hbi.infra.mlflow.outbox import Spool
 from hbi.infra.mlflow.tracker import Tracker, lineage, replay, shown
+from tests.support.mlflow_server import Server
 from tests.support.mlflow_store import fresh_store
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -187,67 +183,10 @@ def test_a_spool_outlives_its_process_and_half_a_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ server
 
 
-class Server:
-    """A real `mlflow server` on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store = fresh_store(folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri, self.artifacts = f"http://127.0.0.1:{self.port}", folder / "served"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            self.store,
-            "--workers",
-            "1",
-        ]
-        command += ["--artifacts-destination", str(self.artifacts), "--port", str(self.port)]
-        env = os.environ | {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
-        }  # it would start seven more processes
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        folder = Path(self.store[10:]).parent
-        self.process = subprocess.Popen(command, start_new_session=True, cwd=folder, env=env, **quiet)
-        wait_for(lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=1).close() is None, 120)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    running = Server(tmp_path / "server")
-    yield running
-    running.kill()
-
-
 def test_a_server_that_dies_delays_nothing_and_loses_nothing(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mlflow_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.start()
+    server = mlflow_server
     tracker = Tracker(server.uri, "tests", "one", tmp_path / "spool")
     spool = tracker.spool
     tracker.params({"lr": 1})
