@@ -10,9 +10,9 @@ import torch
 import tyro
 
 from benchmarks.report import best_device, measure, report
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.config import LossSettings, ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
-from hbi.model.losses import LossSettings, hbi_loss
+from hbi.model.losses import hbi_loss
 
 VIT_B32 = TowerConfig(
     image_size=224,

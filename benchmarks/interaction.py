@@ -11,12 +11,8 @@ import tyro
 from torch import Tensor
 
 from benchmarks.report import best_device, measure, report
-from hbi.model.banzhaf import (
-    InteractionPredictor,
-    enumerated_interaction,
-    exact_interaction,
-    sampled_interaction,
-)
+from hbi.model.banzhaf import enumerated_interaction, exact_interaction, sampled_interaction
+from hbi.model.predictor import InteractionPredictor
 
 REFERENCE_NODES = 600
 

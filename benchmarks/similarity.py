@@ -10,7 +10,8 @@ import torch
 import tyro
 
 from benchmarks.report import best_device, measure, report
-from hbi.model.similarity import Tokens, weighted_similarity
+from hbi.model.similarity import weighted_similarity
+from hbi.model.tokens import Tokens
 
 
 def prepare(

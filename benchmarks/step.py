@@ -20,10 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import best_device, measure, report
 from hbi.model.banzhaf import sampled_interaction
-from hbi.model.config import ModelConfig, TowerConfig
-from hbi.model.hbi import HBI, LEVELS, Encoded
-from hbi.model.losses import LossSettings, alignment_loss, contrastive_loss, distillation_loss
-from hbi.model.similarity import Tokens, pair_similarity
+from hbi.model.config import LossSettings, ModelConfig, TowerConfig
+from hbi.model.hbi import HBI, Encoded
+from hbi.model.levels import LEVELS
+from hbi.model.losses import alignment_loss, contrastive_loss, distillation_loss
+from hbi.model.similarity import pair_similarity
+from hbi.model.tokens import Tokens
 from hbi.training.contrast import backward, contrast, surface, tensors_of
 from hbi.training.loop import has_bf16
 from hbi.training.optim import make_optimizer

@@ -267,7 +267,7 @@ def search(
         k: How many videos to show.
     """
     from hbi.infra.mlflow.registry import resolve_model
-    from hbi.model.text import load_tokenizer
+    from hbi.model.tokenizer import load_tokenizer
     from hbi.model.weights import load_model
     from hbi.serving.index.table import TokenIndex, encode_query
 

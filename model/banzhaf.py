@@ -1,7 +1,7 @@
-"""The Banzhaf interaction of a word and a frame: exact, by its definition, by sampling, and learned.
+"""The Banzhaf interaction of a word and a frame: exact, by its definition, and by sampling.
 
 The game of one matched pair. Players are the words t, with weight logits a_t, and the frames v, with weight logits b_v;
-s[t, v] are their similarities. A coalition of words T and frames V is worth
+s[t, v] are their similarities. A coalition of words T and frames V has the value
 
     phi(T, V) = 1/2 ( sum_{t in T} p_t(T) max_{v in V} s[t, v]  +  sum_{v in V} q_v(V) max_{t in T} s[t, v] )
 
@@ -19,8 +19,7 @@ from math import ceil, log
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, nn
-from torch.nn.functional import relu, scaled_dot_product_attention
+from torch import Tensor
 
 LEFT_END = -22.0
 """Where the integral over u = log x begins: e^-22 of a weight is left out."""
@@ -139,9 +138,9 @@ def enumerated_interaction(
     word_mask: Shaped[Tensor, "batch words"] | None = None,
     frame_mask: Shaped[Tensor, "batch frames"] | None = None,
 ) -> Float[Tensor, "batch words frames"]:
-    """I(i, j) by its definition, in float64: the worth of every coalition, then the mean over all of them.
+    """I(i, j) by its definition, in float64: the value of every coalition, then the mean over all of them.
 
-    The judge of the other two: 2^players values a game, at most 20 players.
+    The reference for the other two: 2^players values a game. ValueError for a game of more than 20 players.
     """
     words, frames = _players(word_mask, word_logits), _players(frame_mask, frame_logits)
     result = torch.zeros(similarity.shape, dtype=torch.float64, device=similarity.device)
@@ -154,22 +153,22 @@ def enumerated_interaction(
         if not len(t) or not len(v):
             continue
         s = similarity[game][t][:, v].double()
-        worth = _worth(s, word_logits[game, t].double(), frame_logits[game, v].double())
+        values = _coalition_values(s, word_logits[game, t].double(), frame_logits[game, v].double())
         word_sets = torch.arange(2 ** len(t), device=s.device)
         frame_sets = torch.arange(2 ** len(v), device=s.device)
         for i in range(len(t)):
             for j in range(len(v)):
                 rows = word_sets[(word_sets >> i) & 1 == 0]
                 columns = frame_sets[(frame_sets >> j) & 1 == 0]
-                both = worth[rows | 1 << i][:, columns | 1 << j]
-                none = worth[rows][:, columns]
-                word = worth[rows | 1 << i][:, columns]
-                frame = worth[rows][:, columns | 1 << j]
+                both = values[rows | 1 << i][:, columns | 1 << j]
+                none = values[rows][:, columns]
+                word = values[rows | 1 << i][:, columns]
+                frame = values[rows][:, columns | 1 << j]
                 result[game, t[i], v[j]] = (both + none - word - frame).mean()
     return result
 
 
-def _worth(
+def _coalition_values(
     s: Float[Tensor, "n m"], word_logits: Float[Tensor, " n"], frame_logits: Float[Tensor, " m"]
 ) -> Float[Tensor, "word_sets frame_sets"]:
     """phi of every coalition; bit t of the row says that word t is in it, bit v of the column that frame v is."""
@@ -206,7 +205,7 @@ def sampled_interaction(
     One coalition C is drawn a game and sample and serves every pair (i, j) with C less i and j. Its mixed difference
     is taken whole, for all pairs at once, as a product of differences (see `exact_interaction`).
 
-    generator: on the similarity's device; chunk: samples in memory at once.
+    generator: on the similarity's device; chunk: samples in memory at once. ValueError for less than one sample.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}, must be at least 1")
@@ -254,52 +253,9 @@ def _sampled_maximum_change(
     """max_{V + j} s[t, .] - max_{V - j} s[t, .] at [t, j], for each drawn V."""
     members = sets[:, :, None, :]
     values = torch.where(members, rows, -torch.inf)
-    best, place = values.max(-1, keepdim=True)
-    second = values.scatter(-1, place, -torch.inf).amax(-1, keepdim=True)
+    best, best_at = values.max(-1, keepdim=True)
+    second = values.scatter(-1, best_at, -torch.inf).amax(-1, keepdim=True)
     position = torch.arange(rows.shape[-1], device=rows.device)
-    without = torch.where(position == place, second, best)
+    without = torch.where(position == best_at, second, best)
     largest = torch.maximum(without, rows)
     return (largest - without.masked_fill(without.isinf(), 0.0)) * players[:, None, :]
-
-
-class InteractionPredictor(nn.Module):
-    """The published learned map from similarities to interactions: convolution, attention over the word-frame grid,
-    convolution.
-
-        h = relu(conv(s))      out = conv(h + softmax((h Q)(h K)^T) (h V))          attention over all cells, unscaled
-
-    With masks the padding is absent: no cell attends to it and nothing leaks from it; the result there is 0.
-    """
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.rise = nn.Conv2d(1, width, kernel_size=3, padding=1)
-        self.query, self.key, self.value = (nn.Parameter(torch.empty(width, width)) for _ in range(3))
-        self.fall = nn.Conv2d(width, 1, kernel_size=3, padding=1)
-        for weight in (self.query, self.key, self.value):
-            nn.init.xavier_uniform_(weight, gain=1.414)
-
-    def forward(
-        self,
-        similarity: Float[Tensor, "batch words frames"],
-        word_mask: Bool[Tensor, "batch words"] | None = None,
-        frame_mask: Bool[Tensor, "batch frames"] | None = None,
-    ) -> Float[Tensor, "batch words frames"]:
-        """Both masks, or neither."""
-        grid = similarity.shape[1:]
-        present = attended = None
-        if word_mask is not None and frame_mask is not None:
-            present = word_mask[:, :, None] & frame_mask[:, None, :]
-            cells = present.flatten(1)
-            # A game without a cell attends everywhere, for the sake of numbers; its result is 0.
-            attended = (cells | ~cells.any(-1, keepdim=True))[:, None, None, :]
-            similarity = similarity * present
-        hidden = relu(self.rise(similarity[:, None])).flatten(2).transpose(1, 2)
-        query, key, value = (hidden @ weight for weight in (self.query, self.key, self.value))
-        seen = scaled_dot_product_attention(
-            query[:, None], key[:, None], value[:, None], attn_mask=attended, scale=1.0
-        )[:, 0]
-        hidden = (hidden + seen).transpose(1, 2).unflatten(2, grid)
-        if present is None:
-            return self.fall(hidden)[:, 0]
-        return self.fall(hidden * present[:, None])[:, 0] * present

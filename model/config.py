@@ -1,4 +1,4 @@
-"""Sizes of the model: frozen, checked when made, and the same after a round trip through JSON."""
+"""Sizes of the model and weights of its loss: frozen, checked when made, the same after a round trip through JSON."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -130,3 +130,35 @@ class ModelConfig:
         values = dict(values)
         towers = TowerConfig(**_known(TowerConfig, values.pop("towers", {})))
         return cls(towers=towers, **_known(cls, values))
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights and choices of the loss; the defaults are those of the published training."""
+
+    interaction: float = 1.0
+    """Weight of the alignment of interactions at each level (the published skl)."""
+    distillation: float = 2.0
+    """Weight of the self-distillation from the entity level (the published kl)."""
+    objective: Literal["exact", "published"] = "exact"
+    """`exact`: the loss as described. `published`: as the published code computes it, faults included."""
+    target: Literal["exact", "estimator"] = "exact"
+    """What interactions are aligned to: the exact one, or the model's frozen estimator."""
+    target_scale: float = 100.0
+    """The exact interaction is multiplied by this before its softmax (CLIP's largest logit scale; the published
+    labels have 1000)."""
+    chunk: int | None = None
+    """Largest number of texts and of videos compared at once; none: all."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("exact", "published"):
+            raise ValueError(f"LossSettings.objective is {self.objective!r}, must be exact or published")
+        if self.target not in ("exact", "estimator"):
+            raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"LossSettings.chunk is {self.chunk}, must be at least 1")
+        for name in ("interaction", "distillation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
+        if not self.target_scale > 0:
+            raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel
 
-from hbi.model.banzhaf import InteractionPredictor
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.backbones.clip import TextTower, VisionTower, clip_config
+from hbi.model.config import ModelConfig
 from hbi.model.frames import normalise
-from hbi.model.levels import TokenMerge
-from hbi.model.similarity import Tokens, pair_similarity, weighted_similarity
-from hbi.model.text import TextTower, last_present, require_tokens
-from hbi.model.video import TemporalTransformer, VisionTower
+from hbi.model.levels import LEVELS, TokenMerge
+from hbi.model.predictor import InteractionPredictor
+from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.temporal import TemporalTransformer
+from hbi.model.tokens import Tokens, last_present, require_tokens
 
-LEVELS = ("entity", "action", "event")
 LARGEST_LOGIT_SCALE = 100.0
 BACKBONE = ("text.", "video.", "logit_scale")
 """Where the names of CLIP's own parameters begin."""
@@ -36,40 +36,6 @@ class Encoded(NamedTuple):
     """What similarities are multiplied by before a softmax (already exp'd)."""
     estimated: dict[str, Float[Tensor, "batch words frames"]]
     """The frozen estimator's interaction of each pair, where the model has one; else empty."""
-
-
-def clip_config(towers: TowerConfig) -> CLIPConfig:
-    """The configuration of `transformers` for towers of these sizes; attention through SDPA."""
-    text = CLIPTextConfig(
-        vocab_size=towers.vocab_size,
-        hidden_size=towers.text_width,
-        intermediate_size=towers.text_mlp or 4 * towers.text_width,
-        projection_dim=towers.dim,
-        num_hidden_layers=towers.text_layers,
-        num_attention_heads=towers.text_heads,
-        max_position_embeddings=towers.context,
-        hidden_act=towers.activation,
-        # Positions and masks come from us: these are never looked at, but must lie inside the vocabulary.
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=towers.vision_width,
-        intermediate_size=towers.vision_mlp or 4 * towers.vision_width,
-        projection_dim=towers.dim,
-        num_hidden_layers=towers.vision_layers,
-        num_attention_heads=towers.vision_heads,
-        image_size=towers.image_size,
-        patch_size=towers.patch_size,
-        hidden_act=towers.activation,
-    )
-    return CLIPConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
-        projection_dim=towers.dim,
-        attn_implementation="sdpa",  # type: ignore[call-arg]
-    )
 
 
 def token_weights(dim: int) -> nn.Sequential:
@@ -191,7 +157,7 @@ class HBI(nn.Module):
     def similarity(
         self, text: Tokens, video: Tokens, chunk: int | None = None
     ) -> Float[Tensor, "texts videos"]:
-        """`weighted_similarity` of every text with every video, with padding treated as this model's config says."""
+        """`weighted_similarity` of every text with every video, padding treated as this model's config says."""
         return weighted_similarity(text, video, chunk, padding="zero" if self._published else "absent")
 
     def similarities(

@@ -1,51 +1,18 @@
 """The training loss: contrast, alignment of interactions, self-distillation. Pure functions, no ranks."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from hbi.model.banzhaf import exact_interaction
-from hbi.model.hbi import LEVELS, Encoded
+from hbi.model.config import LossSettings
+from hbi.model.hbi import Encoded
+from hbi.model.levels import LEVELS
 from hbi.model.similarity import pair_similarity, weighted_similarity
 
 QUADRATURE_NODES = 128
 """Of the exact target: enough while the weight logits of a text or a video lie within 25 of each other."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Weights and choices of the loss; the defaults are those of the published training."""
-
-    interaction: float = 1.0
-    """Weight of the alignment of interactions at each level (the published skl)."""
-    distillation: float = 2.0
-    """Weight of the self-distillation from the entity level (the published kl)."""
-    objective: Literal["exact", "published"] = "exact"
-    """`exact`: the loss as described. `published`: as the published code computes it, faults included."""
-    target: Literal["exact", "estimator"] = "exact"
-    """What interactions are aligned to: the exact one, or the model's frozen estimator."""
-    target_scale: float = 100.0
-    """The exact interaction is multiplied by this before its softmax (CLIP's largest logit scale; the published
-    labels have 1000)."""
-    chunk: int | None = None
-    """Largest number of texts and of videos compared at once; none: all."""
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("exact", "published"):
-            raise ValueError(f"LossSettings.objective is {self.objective!r}, must be exact or published")
-        if self.target not in ("exact", "estimator"):
-            raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"LossSettings.chunk is {self.chunk}, must be at least 1")
-        for name in ("interaction", "distillation"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
-        if not self.target_scale > 0:
-            raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
 
 
 def contrastive_loss(logits: Float[Tensor, "rows candidates"], first: int = 0) -> Float[Tensor, ""]:
@@ -89,7 +56,8 @@ def distillation_loss(
 def interaction_targets(
     local: Encoded, settings: LossSettings
 ) -> dict[str, Float[Tensor, "batch words frames"]]:
-    """What the predicted interaction of each pair is aligned to, at each level."""
+    """What the predicted interaction of each pair is aligned to, at each level; ValueError where the target is an
+    estimator that the model does not have."""
     if settings.target == "estimator":
         return _estimated(local, "LossSettings.target is 'estimator'")
     with torch.no_grad():
@@ -169,7 +137,7 @@ def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[
     The faults: a KL divergence is averaged over every element instead of summed over each distribution; that over the
     words is taken over the batch (`.T` of a three-dimensional tensor turns all its axes); padding enters the maxima as
     0 and is part of every softmax of interactions; the self-distillation compares cosines without the logit scale, and
-    its gradient goes into the teacher too. It needs the frozen estimator.
+    its gradient goes into the teacher too. It needs the frozen estimator: ValueError without one.
     """
     estimated = _estimated(encoded, "LossSettings.objective is 'published'")
 

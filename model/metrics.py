@@ -9,7 +9,7 @@ above the best positive, e negatives and p positives that tie with it, the tied 
 
 R@K is the mean of the first over queries (percent), MnR the mean and MdR the median of the second. A constant matrix
 scores chance exactly: R@K = 100 K / N, MdR = MnR = (N + 1) / 2. (The published code counts every tied position as a
-hit of its own, PAPER.md Q18.)
+hit of its own.)
 
 Two corrections of hubness are offered, each a row transform of its own and named in the metric (`t2v+dsl/R@1`):
 `dual_softmax` (Cheng et al., "Improving Video-Text Retrieval by Multi-Stream Corpus Alignment and Dual Softmax Loss",
@@ -198,7 +198,7 @@ def dual_softmax(
     """DSL: s[q, g] * softmax over queries of s[:, g] / temperature, for some rows q of the matrix.
 
     `log_sums` are `column_log_sums` of the whole matrix at the same temperature. A gallery entry that many queries
-    claim is worth less to each. float64, since the softmax of far-off queries falls below float32.
+    claim counts less for each. float64, since the softmax of far-off queries falls below float32.
     """
     return similarity * torch.exp(similarity.double() / temperature - log_sums)
 

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from hbi.model.banzhaf import InteractionPredictor
 from hbi.model.config import ModelConfig, TowerConfig
-from hbi.model.hbi import HBI, LEVELS
+from hbi.model.hbi import HBI
+from hbi.model.levels import LEVELS
+from hbi.model.predictor import InteractionPredictor
 
 PUBLISHED_HEAD = 64
 """Width of an attention head in every CLIP that the published code takes."""
@@ -139,6 +140,7 @@ def _read_state(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tenso
 
 
 def load_strictly(model: HBI, state: Mapping[str, Tensor], source: str) -> None:
+    """All the weights of a model; ValueError lists what is missing, left over or of another shape."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     problems = _differences(expected, given)
@@ -164,7 +166,10 @@ def _count(state: Mapping[str, Tensor], stack: str) -> int:
 
 
 def published_config(state: Mapping[str, Any], **settings: Any) -> ModelConfig:
-    """The sizes of a published checkpoint, from its shapes; heads are 64 wide, as in the published code."""
+    """The sizes of a published checkpoint, from its shapes; heads are 64 wide, as in the published code.
+
+    ValueError names the entries that are missing.
+    """
     needed = ("clip.visual.conv1.weight", "clip.visual.positional_embedding", "clip.text_projection")
     needed += ("clip.positional_embedding", "clip.token_embedding.weight", "banzhafmodel.cnn1.weight")
     if missing := [name for name in needed if name not in state]:
@@ -235,7 +240,10 @@ def load_published(source: str | Path | Mapping[str, Any], **settings: Any) -> H
 
 
 def load_estimator(source: str | Path | Mapping[str, Any]) -> InteractionPredictor:
-    """A published estimator on its own (the file that its pretraining saves), frozen."""
+    """A published estimator on its own (the file that its pretraining saves), frozen.
+
+    ValueError, in one line, for a file that is none, and lists what is missing, left over or of another shape.
+    """
     state, what = _read_state(source)
     state = {name.removeprefix("banzhafteacher."): value.float() for name, value in state.items()}
     mapped = {

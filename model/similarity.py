@@ -1,40 +1,22 @@
 """Weighted token-wise similarity of every text with every video, whole or block by block."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from hbi.model.tokens import Tokens, at_least_float32
+
 Padding = Literal["absent", "zero"]
-Sides = tuple[Tensor, Tensor, Tensor]
-"""Directions, weights and mask of all the tokens of one side."""
-
-
-class Tokens(NamedTuple):
-    """The tokens of a batch at one level."""
-
-    tokens: Float[Tensor, "batch n dim"]
-    """Features, of any length."""
-    logits: Float[Tensor, "batch n"]
-    """Weight logits, before the softmax over present tokens."""
-    mask: Bool[Tensor, "batch n"]
-    """True where a token is present."""
-
-    def weights(self) -> Float[Tensor, "batch n"]:
-        """Softmax of the logits over the present tokens; 0 at padding, and everywhere in a row without a token."""
-        logits = _at_least_float32(self.logits)
-        return logits.masked_fill(~self.mask, torch.finfo(logits.dtype).min).softmax(-1) * self.mask
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+Side = tuple[Tensor, Tensor, Tensor]
+"""Directions [batch, n, dim], weights [batch, n] and mask [batch, n] of the tokens of one side."""
 
 
 def _directions(tokens: Float[Tensor, "batch n dim"]) -> Float[Tensor, "batch n dim"]:
-    return normalize(_at_least_float32(tokens), dim=-1)
+    return normalize(at_least_float32(tokens), dim=-1)
 
 
 def _full_precision(tokens: Tensor) -> torch.autocast:
@@ -49,21 +31,15 @@ def pair_similarity(text: Tokens, video: Tokens) -> Float[Tensor, "batch words f
     return cosines * (text.mask[:, :, None] & video.mask[:, None, :])
 
 
-def _block(
-    words: Float[Tensor, "texts words dim"],
-    word_weights: Float[Tensor, "texts words"],
-    word_mask: Bool[Tensor, "texts words"],
-    frames: Float[Tensor, "videos frames dim"],
-    frame_weights: Float[Tensor, "videos frames"],
-    frame_mask: Bool[Tensor, "videos frames"],
-    padding: Padding,
-) -> Float[Tensor, "texts videos"]:
+def _block(words: Side, frames: Side, padding: Padding) -> Float[Tensor, "texts videos"]:
     """The similarity of some texts with some videos: the whole of [texts, videos, words, frames] in memory."""
-    cosines = torch.einsum("atd,bvd->abtv", words, frames)
+    word_directions, word_weights, word_mask = words
+    frame_directions, frame_weights, frame_mask = frames
+    cosines = torch.einsum("atd,bvd->abtv", word_directions, frame_directions)
     present = word_mask[:, None, :, None] & frame_mask[None, :, None, :]
     # Below every cosine, and finite: a padded word's maximum times its weight 0 must be 0, not NaN.
     cosines = cosines.masked_fill(~present, 0.0 if padding == "zero" else -2.0)
-    # max, not amax: it keeps the places of the maxima for the backward pass, not the whole grid.
+    # max, not amax: it keeps the positions of the maxima for the backward pass, not the whole grid.
     of_words = torch.einsum("abt,at->ab", cosines.max(dim=3).values, word_weights)
     of_frames = torch.einsum("abv,bv->ab", cosines.max(dim=2).values, frame_weights)
     return (of_words + of_frames) / 2
@@ -83,6 +59,7 @@ def weighted_similarity(
 
     chunk: largest number of texts and of videos compared at once. Memory beyond the inputs and the result is then
     chunk^2 * words * frames, in the backward pass too, which computes each block a second time. None: all at once.
+    ValueError below 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be at least 1 (or None for no chunks)")
@@ -92,21 +69,17 @@ def weighted_similarity(
         return _blocks(words, frames, chunk, padding)
 
 
-def _blocks(
-    words: Sides, frames: Sides, chunk: int | None, padding: Padding
-) -> Float[Tensor, "texts videos"]:
+def _blocks(words: Side, frames: Side, chunk: int | None, padding: Padding) -> Float[Tensor, "texts videos"]:
     """The similarity, block by block where it is larger than one."""
     if chunk is None or (len(words[0]) <= chunk and len(frames[0]) <= chunk):
-        return _block(*words, *frames, padding)
+        return _block(words, frames, padding)
     # Split once: the gradient of each part then gathers at the part's own size.
     word_parts = list(zip(*(tensor.split(chunk) for tensor in words), strict=True))
     frame_parts = list(zip(*(tensor.split(chunk) for tensor in frames), strict=True))
     rows = []
     for word_part in word_parts:
         row = [
-            checkpoint(
-                _block, *word_part, *frame_part, padding, use_reentrant=False, preserve_rng_state=False
-            )
+            checkpoint(_block, word_part, frame_part, padding, use_reentrant=False, preserve_rng_state=False)
             for frame_part in frame_parts
         ]
         rows.append(torch.cat(row, dim=1))

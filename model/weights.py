@@ -24,7 +24,10 @@ FORMAT = 1
 
 def build_model(config: ModelConfig) -> HBI:
     """A model to train: towers from `config.backbone` (a CLIP checkpoint of `transformers`, by name or folder, whose
-    sizes replace `config.towers`), the rest fresh. Without a backbone everything is fresh."""
+    sizes replace `config.towers`), the rest fresh. Without a backbone everything is fresh.
+
+    ValueError, in one line, where there is no whole CLIP checkpoint.
+    """
     if not config.backbone:
         return HBI(config)
     try:

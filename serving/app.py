@@ -14,7 +14,7 @@ from ray import serve
 
 from hbi.infra import storage
 from hbi.model.frames import from_jpegs
-from hbi.model.text import load_tokenizer
+from hbi.model.tokenizer import load_tokenizer
 from hbi.model.weights import load_model
 from hbi.pipelines.decoding.clip import Clip, DecodeError
 from hbi.pipelines.decoding.decoder import Decoder

@@ -26,7 +26,7 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Weights, settings and tokenizer from the packaged model folder; a GPU is used where there is one."""
-        from hbi.model.text import load_tokenizer
+        from hbi.model.tokenizer import load_tokenizer
         from hbi.model.weights import load_model
 
         folder = context.artifacts["model"]
@@ -67,7 +67,7 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
 
     @torch.inference_mode()
     def _texts(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        from hbi.model.text import tokenize
+        from hbi.model.tokenizer import tokenize
 
         ids, mask = (
             tensor.to(self.device) for tensor in tokenize(self.tokenizer, texts, self.model.config.words)

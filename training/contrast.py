@@ -16,9 +16,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
-from hbi.model.losses import LossSettings, hbi_loss
-from hbi.model.similarity import Tokens
+from hbi.model.losses import hbi_loss
+from hbi.model.tokens import Tokens
 
 Piece = TypeVar("Piece")
 

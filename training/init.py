@@ -9,7 +9,7 @@ from hbi.infra import storage
 from hbi.infra.mlflow.registry import resolve_model
 from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
-from hbi.model.text import load_tokenizer
+from hbi.model.tokenizer import load_tokenizer
 from hbi.model.weights import CONFIG, load_model, load_published, read_config, save_model
 from hbi.training.checkpoint import fetched
 from hbi.training.settings import TrainConfig

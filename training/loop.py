@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbi.model.hbi import HBI, Encoded
-from hbi.model.text import tokenize
+from hbi.model.tokenizer import tokenize
 from hbi.model.weights import build_model, load_estimator
 from hbi.pipelines.sample import ShardIndex, check_shards
 from hbi.training.checkpoint import (

@@ -18,7 +18,7 @@ from hbi.infra.mlflow.registry import ModelPackage, NewVersion, log_and_register
 from hbi.infra.mlflow.tracker import Tracker, lineage
 from hbi.infra.ray_runtime import ray_running
 from hbi.model.hbi import HBI
-from hbi.model.text import load_tokenizer, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex, check_shards
 from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched

@@ -9,8 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
-from hbi.model.config import ModelConfig, TowerConfig
-from hbi.model.losses import LossSettings
+from hbi.model.config import LossSettings, ModelConfig, TowerConfig
 
 
 @dataclass(frozen=True)

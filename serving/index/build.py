@@ -6,7 +6,7 @@ import numpy as np
 
 from hbi.infra import storage
 from hbi.infra.ray_runtime import dataset_of
-from hbi.model.similarity import Tokens
+from hbi.model.tokens import Tokens
 from hbi.model.weights import read_config
 from hbi.pipelines.sample import Sample, ShardIndex, check_shards, read_shard
 from hbi.serving.index.table import Maker, PartWriter, Video, encode_video

@@ -19,8 +19,9 @@ from torch import Tensor
 from hbi.infra import storage
 from hbi.model.banzhaf import exact_interaction
 from hbi.model.hbi import HBI
-from hbi.model.similarity import Tokens, weighted_similarity
-from hbi.model.text import tokenize
+from hbi.model.similarity import weighted_similarity
+from hbi.model.tokenizer import tokenize
+from hbi.model.tokens import Tokens
 
 INDEX_NAME = "index.json"
 POOLED_ABOVE = 2000

@@ -24,7 +24,7 @@ from hbi.infra.mlflow.registry import (
 )
 from hbi.infra.mlflow.runs import fit
 from hbi.model.hbi import HBI
-from hbi.model.text import load_tokenizer, tokenize, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from hbi.model.weights import load_model, save_model
 from hbi.serving.package import PACKAGE
 from tests.support.mlflow_server import Server

@@ -7,12 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hbi.model.banzhaf import (
-    InteractionPredictor,
-    enumerated_interaction,
-    exact_interaction,
-    sampled_interaction,
-)
+from hbi.model.banzhaf import enumerated_interaction, exact_interaction, sampled_interaction
+from hbi.model.predictor import InteractionPredictor
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
@@ -42,7 +38,7 @@ def by_loops(s: np.ndarray, a: np.ndarray, b: np.ndarray, i: int, j: int) -> flo
         weights = np.exp(logits[rows]) / np.exp(logits[rows]).sum()
         return float(sum(w * max(values[r, c] for c in columns) for w, r in zip(weights, rows, strict=True)))
 
-    def worth(words: list[int], frames: list[int]) -> float:
+    def value(words: list[int], frames: list[int]) -> float:
         return (half(s, a, words, frames) + half(s.T, b, frames, words)) / 2
 
     other_words, other_frames = [t for t in range(len(a)) if t != i], [v for v in range(len(b)) if v != j]
@@ -50,8 +46,8 @@ def by_loops(s: np.ndarray, a: np.ndarray, b: np.ndarray, i: int, j: int) -> flo
     for bits in range(2 ** (len(other_words) + len(other_frames))):
         words = [t for k, t in enumerate(other_words) if bits >> k & 1]
         frames = [v for k, v in enumerate(other_frames) if bits >> (k + len(other_words)) & 1]
-        pair = worth([*words, i], [*frames, j]) + worth(words, frames)
-        values.append(pair - worth([*words, i], frames) - worth(words, [*frames, j]))
+        pair = value([*words, i], [*frames, j]) + value(words, frames)
+        values.append(pair - value([*words, i], frames) - value(words, [*frames, j]))
     return float(np.mean(values))
 
 
@@ -158,7 +154,7 @@ def test_a_dummy_gets_nothing(seed: int, words: int, frames: int) -> None:
     similarity, a, b = draw(seeded(seed), 2, words + 1, frames)
     similarity = similarity.abs()
     similarity[:, 0], a[:, 0] = 0.0, -80.0
-    # Alone among words it has all the weight: then its worth is that of its similarities, 0.
+    # Alone among words it has all the weight: then its value is that of its similarities, 0.
     assert exact_interaction(similarity, a, b)[:, 0].abs().max() < 1e-9
 
 
@@ -240,7 +236,7 @@ def test_sampled_difference_is_the_definition_s(seed: int) -> None:
     words = (torch.rand(1, 1, 3, generator=generator) < 0.5)[0, 0]
     frames = (torch.rand(1, 1, 4, generator=generator) < 0.5)[0, 0]
 
-    def worth(chosen: Tensor, seen: Tensor) -> float:
+    def value(chosen: Tensor, seen: Tensor) -> float:
         if not chosen.any() or not seen.any():
             return 0.0
         s = similarity[0][chosen][:, seen]
@@ -252,8 +248,8 @@ def test_sampled_difference_is_the_definition_s(seed: int) -> None:
             with_i, without_i = words.clone(), words.clone()
             with_j, without_j = frames.clone(), frames.clone()
             with_i[i], without_i[i], with_j[j], without_j[j] = True, False, True, False
-            mixed = worth(with_i, with_j) + worth(without_i, without_j)
-            mixed -= worth(with_i, without_j) + worth(without_i, with_j)
+            mixed = value(with_i, with_j) + value(without_i, without_j)
+            mixed -= value(with_i, without_j) + value(without_i, with_j)
             assert sampled[i, j].item() == pytest.approx(mixed, abs=1e-12)
 
 

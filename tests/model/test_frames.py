@@ -1,4 +1,4 @@
-"""The one choice, resize and normalisation of frames, each against the slow and obvious way."""
+"""The one choice, resize and normalisation of frames, each against the slow and plain reference."""
 
 import numpy as np
 import pytest

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.config import LossSettings, ModelConfig, TowerConfig
 from hbi.model.frames import normalise
-from hbi.model.hbi import HBI, LEVELS, Encoded
-from hbi.model.losses import LossSettings, hbi_loss
-from hbi.model.similarity import Tokens
+from hbi.model.hbi import HBI, Encoded
+from hbi.model.levels import LEVELS
+from hbi.model.losses import hbi_loss
+from hbi.model.tokens import Tokens
 
 TOWERS = TowerConfig(
     image_size=16, patch_size=8, vision_width=32, vision_layers=2, vision_heads=2, text_width=32, text_layers=2,

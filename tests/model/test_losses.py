@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from hbi.model.banzhaf import enumerated_interaction
-from hbi.model.hbi import LEVELS, Encoded
+from hbi.model.config import LossSettings
+from hbi.model.hbi import Encoded
+from hbi.model.levels import LEVELS
 from hbi.model.losses import (
-    LossSettings,
     alignment_loss,
     contrastive_loss,
     distillation_loss,
@@ -17,7 +18,8 @@ from hbi.model.losses import (
     interaction_targets,
     published_loss,
 )
-from hbi.model.similarity import Tokens, pair_similarity, weighted_similarity
+from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.tokens import Tokens
 
 SIZES = {"entity": (5, 4), "action": (2, 2), "event": (1, 1)}
 

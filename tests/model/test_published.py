@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hbi.model.hbi import HBI, LEVELS, Encoded
-from hbi.model.losses import LossSettings, hbi_loss, published_loss
+from hbi.model.config import LossSettings
+from hbi.model.hbi import HBI, Encoded
+from hbi.model.levels import LEVELS
+from hbi.model.losses import hbi_loss, published_loss
 from hbi.model.published import _published_entries
 from hbi.model.similarity import pair_similarity
 from hbi.model.weights import load_estimator, load_model, load_published, save_model

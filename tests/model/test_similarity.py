@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hbi.model.similarity import Tokens, pair_similarity, weighted_similarity
+from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.tokens import Tokens
 
 
 def tokens(

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbi.model.text import load_tokenizer, require_tokens, tokenize, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from hbi.model.tokens import require_tokens
 
 CAPTIONS = ["a red ball bounces", "a blue square moves to the left", "the red square spins"] * 4
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from hbi.model.backbones.clip import clip_config
 from hbi.model.config import ModelConfig, TowerConfig
-from hbi.model.hbi import HBI, clip_config
+from hbi.model.hbi import HBI
 from hbi.model.weights import build_model
 
 TOWERS = TowerConfig(

@@ -9,7 +9,7 @@ import torch
 
 from hbi.model.config import ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
-from hbi.model.text import load_tokenizer, tokenize, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from hbi.model.weights import _digest, load_model, save_model
 
 TOWERS = TowerConfig(

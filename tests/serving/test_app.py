@@ -14,7 +14,7 @@ import torch
 from hbi import commands
 from hbi.model.config import ModelConfig, TowerConfig
 from hbi.model.frames import from_jpegs
-from hbi.model.text import load_tokenizer, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, save_model
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sample import ShardIndex

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbi.model.similarity import Tokens, weighted_similarity
+from hbi.model.similarity import weighted_similarity
+from hbi.model.tokens import Tokens
 from hbi.serving.index import table as index_module
 from hbi.serving.index.table import Maker, PartWriter, TokenIndex, Video
 

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hbi.model.config import LossSettings
 from hbi.model.hbi import HBI, Encoded
-from hbi.model.losses import LossSettings
 from hbi.training.contrast import backward, contrast, gather_rows, surface
 from hbi.training.optim import make_optimizer
 from hbi.training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize, plain, whole

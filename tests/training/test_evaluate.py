@@ -15,9 +15,10 @@ import torch.multiprocessing as mp
 
 from hbi.infra.mlflow import registry
 from hbi.infra.mlflow.tracker import png
-from hbi.model.hbi import HBI, LEVELS
+from hbi.model.hbi import HBI
+from hbi.model.levels import LEVELS
 from hbi.model.metrics import retrieval_metrics
-from hbi.model.text import tokenize, train_tokenizer
+from hbi.model.tokenizer import tokenize, train_tokenizer
 from hbi.model.weights import load_model, save_model
 from hbi.pipelines.sample import Sample, ShardIndex, read_shard
 from hbi.serving.package import PACKAGE
@@ -55,7 +56,7 @@ def model(folder: Path) -> HBI:
 
 @pytest.fixture
 def tokenizer(folder: Path) -> Any:
-    from hbi.model.text import load_tokenizer
+    from hbi.model.tokenizer import load_tokenizer
 
     return load_tokenizer(folder / "model")
 
@@ -135,7 +136,7 @@ def rank_work(rank: int, world: int, folder: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    from hbi.model.text import load_tokenizer
+    from hbi.model.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(f"{folder}/model"), load_tokenizer(f"{folder}/model")
     place, results = Place.here(), {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbi.model.config import ModelConfig
-from hbi.model.text import load_tokenizer, train_tokenizer
+from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import Checkpoints

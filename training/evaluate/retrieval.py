@@ -15,10 +15,11 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from hbi.model.hbi import HBI, LEVELS
+from hbi.model.hbi import HBI
+from hbi.model.levels import LEVELS
 from hbi.model.metrics import retrieval_metrics
-from hbi.model.similarity import Tokens
-from hbi.model.text import tokenize
+from hbi.model.tokenizer import tokenize
+from hbi.model.tokens import Tokens
 from hbi.pipelines.sample import ShardIndex, check_shards
 from hbi.training.contrast import gather_rows
 from hbi.training.evaluate.heldout import grouped, readable

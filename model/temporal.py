@@ -1,37 +1,13 @@
-"""Frames to tokens in the joint space: CLIP's image transformer, then a transformer over time."""
+"""A transformer over time: what a frame says after it has seen the others."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextConfig
+from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from hbi.model.backbones.clip import TextTower, run_layers
 from hbi.model.config import ModelConfig
-from hbi.model.text import TextTower, run_layers
-
-
-class VisionTower(nn.Module):
-    """CLIP's vision transformer: one token a frame, the projected class token."""
-
-    def __init__(self, clip: CLIPModel) -> None:
-        super().__init__()
-        self.embeddings = clip.vision_model.embeddings
-        self.norm_before = clip.vision_model.pre_layrnorm
-        self.layers = clip.vision_model.encoder.layers
-        self.norm = clip.vision_model.post_layernorm
-        self.projection = clip.visual_projection
-        self.checkpointing = False
-
-    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
-        """Images are normalised, of the tower's own size."""
-        size = self.embeddings.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(
-                f"video: frames are {tuple(images.shape[-2:])} pixels, the model takes {(size, size)}"
-            )
-        hidden = self.norm_before(self.embeddings(images))
-        hidden = run_layers(self.layers, hidden, None, self.checkpointing)
-        return self.projection(self.norm(hidden[:, 0]))
 
 
 class TemporalTransformer(nn.Module):
@@ -65,7 +41,10 @@ class TemporalTransformer(nn.Module):
     def forward(
         self, frames: Float[Tensor, "batch frames dim"], mask: Bool[Tensor, "batch frames"]
     ) -> Float[Tensor, "batch frames dim"]:
-        """A frame sees every present frame; in a row without one (an error elsewhere) every frame, never NaN."""
+        """A frame sees every present frame; in a row without one (an error elsewhere) every frame, never NaN.
+
+        ValueError for more frames than there are positions.
+        """
         n = frames.shape[1]
         if n > len(self.positions.weight):
             raise ValueError(f"video: {n} frames, the model has positions for {len(self.positions.weight)}")

@@ -1,0 +1,112 @@
+"""CLIP's two towers: every word and every frame as one token in the joint space."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from hbi.model.config import TowerConfig
+
+
+def clip_config(towers: TowerConfig) -> CLIPConfig:
+    """The configuration of `transformers` for towers of these sizes; attention through SDPA."""
+    text = CLIPTextConfig(
+        vocab_size=towers.vocab_size,
+        hidden_size=towers.text_width,
+        intermediate_size=towers.text_mlp or 4 * towers.text_width,
+        projection_dim=towers.dim,
+        num_hidden_layers=towers.text_layers,
+        num_attention_heads=towers.text_heads,
+        max_position_embeddings=towers.context,
+        hidden_act=towers.activation,
+        # Positions and masks come from us: these are never looked at, but must lie inside the vocabulary.
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=towers.vision_width,
+        intermediate_size=towers.vision_mlp or 4 * towers.vision_width,
+        projection_dim=towers.dim,
+        num_hidden_layers=towers.vision_layers,
+        num_attention_heads=towers.vision_heads,
+        image_size=towers.image_size,
+        patch_size=towers.patch_size,
+        hidden_act=towers.activation,
+    )
+    return CLIPConfig(
+        text_config=text.to_dict(),
+        vision_config=vision.to_dict(),
+        projection_dim=towers.dim,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
+    )
+
+
+def run_layers(
+    layers: nn.ModuleList, hidden: Tensor, mask: Tensor | None, checkpointing: bool
+) -> Float[Tensor, "batch n width"]:
+    """A stack of CLIP blocks; with checkpointing each block's activations are computed again in the backward pass."""
+    if not len(hidden):  # CLIP's attention cannot reshape a batch of none: let it have one, and drop it
+        one = (0, 0, 0, 0, 0, 1)
+        mask = mask if mask is None else pad(mask, (0, 0, *one), value=True)
+        return run_layers(layers, pad(hidden, one), mask, checkpointing)[:0]
+    for layer in layers:
+        if checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(layer, hidden, mask, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = layer(hidden, mask)
+    return hidden
+
+
+class TextTower(nn.Module):
+    """CLIP's text transformer with every word projected to the joint space."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.embeddings = clip.text_model.embeddings
+        self.layers = clip.text_model.encoder.layers
+        self.norm = clip.text_model.final_layer_norm
+        self.projection = clip.text_projection
+        self.checkpointing = False
+
+    def forward(
+        self, input_ids: Int[Tensor, "batch words"], mask: Bool[Tensor, "batch words"]
+    ) -> Float[Tensor, "batch words dim"]:
+        """A word sees the present words up to itself; a word that sees none (padding in front) sees itself.
+
+        ValueError for more words than there are positions.
+        """
+        n = input_ids.shape[1]
+        if n > (most := len(self.embeddings.position_embedding.weight)):
+            raise ValueError(f"text: {n} tokens, the model has positions for {most}")
+        causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+        seen = causal & mask[:, None, :]
+        seen |= ~seen.any(-1, keepdim=True) & torch.eye(n, dtype=torch.bool, device=mask.device)
+        hidden = run_layers(self.layers, self.embeddings(input_ids), seen[:, None], self.checkpointing)
+        return self.projection(self.norm(hidden))
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision transformer: one token a frame, the projected class token."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.embeddings = clip.vision_model.embeddings
+        self.norm_before = clip.vision_model.pre_layrnorm
+        self.layers = clip.vision_model.encoder.layers
+        self.norm = clip.vision_model.post_layernorm
+        self.projection = clip.visual_projection
+        self.checkpointing = False
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
+        """Images are normalised, of the tower's own size; ValueError for another."""
+        size = self.embeddings.image_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(
+                f"video: frames are {tuple(images.shape[-2:])} pixels, the model takes {(size, size)}"
+            )
+        hidden = self.norm_before(self.embeddings(images))
+        hidden = run_layers(self.layers, hidden, None, self.checkpointing)
+        return self.projection(self.norm(hidden[:, 0]))
