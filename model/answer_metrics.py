@@ -35,7 +35,8 @@ def answer_metrics(
 
     Returns `accuracy` (all questions), `accuracy_in_vocabulary` (left out where no truth is in the vocabulary),
     `accuracy/<type>`; `baseline` (always the one most common answer), `baseline_by_type` (always the most common answer
-    of the question's type), `baseline/<type>`; `in_vocabulary`, the percent of questions whose truth the model can give.
+    of the question's type), `baseline/<type>`; `in_vocabulary`, the percent of questions whose
+    truth the model can give.
 
     ValueError: no question, lists that differ in length, an empty vocabulary.
     """

@@ -39,7 +39,9 @@ def caption_metrics(references: dict[str, list[str]], captions: dict[str, str]) 
     bleu = _bleu([(line.split(), [truth.split() for truth in lines]) for line, lines in pairs])
     # The reference splits here at plain spaces alone: a hard one inside a number or a tag is no border.
     rouge = [_rouge(line.split(" "), [truth.split(" ") for truth in lines]) for line, lines in pairs]
-    cider = _cider([(_grams(line.split()), [_grams(truth.split()) for truth in lines]) for line, lines in pairs])
+    cider = _cider(
+        [(_grams(line.split()), [_grams(truth.split()) for truth in lines]) for line, lines in pairs]
+    )
     return {**bleu, "ROUGE-L": _mean(rouge), "CIDEr": _mean(cider)}
 
 
@@ -48,7 +50,9 @@ def _check(references: dict[str, list[str]], captions: dict[str, str]) -> None:
         raise ValueError("references: no video to judge captions of")
     if odd := sorted(references.keys() ^ captions.keys()):
         where = "references" if odd[0] in captions else "captions"
-        raise ValueError(f"{where}: nothing for {odd[0]!r} ({len(odd)} ids differ); give both the same videos")
+        raise ValueError(
+            f"{where}: nothing for {odd[0]!r} ({len(odd)} ids differ); give both the same videos"
+        )
     for name, lines in references.items():
         if isinstance(lines, str) or not lines:
             raise ValueError(f"references: {name!r} has {lines!r}, must be a list of at least one caption")
@@ -125,7 +129,9 @@ def _bigrams(grams: Grams) -> int:
     return sum(count for gram, count in grams.items() if len(gram) == 2)
 
 
-def _likeness(vector: dict[tuple[str, ...], float], truth: dict[tuple[str, ...], float], longer: int) -> float:
+def _likeness(
+    vector: dict[tuple[str, ...], float], truth: dict[tuple[str, ...], float], longer: int
+) -> float:
     """Mean over the orders of the clipped cosine, falling with the difference in length (in bigrams)."""
     total = 0.0
     for n in ORDERS:

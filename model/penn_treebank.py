@@ -13,12 +13,12 @@ from functools import cache
 
 import regex
 
-PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """Tokens that are no words. (The reference lists the round and curly brackets too, in capitals that never occur.)"""
 
 PLAIN = regex.compile(r"[A-Za-z]+(?: [A-Za-z]+)*(?: ?\.)?")
 """Lines of words alone: nearly all captions."""
-SPLIT_WORDS = frozenset("cannot gonna gotta lemme gimme wanna".split())
+SPLIT_WORDS = frozenset(["cannot", "gonna", "gotta", "lemme", "gimme", "wanna"])
 """Words that are two."""
 
 
@@ -28,7 +28,10 @@ def _either(words: str) -> str:
 
 SPACE = r"[ \t\u00A0\u2000-\u200A\u3000]"
 BREAK = rf"(?:{SPACE}|\n)"
-LETTER = r"(?:[\p{L}\u00AD\u02C2-\u02C5\u02D2-\u02DF\u02E5-\u036F\u0375-\u0379\u0384\u0385\u03F6\u055A-\u055F]|(?=[\u0483-\u0ECE])\p{M}|&[aeiouAEIOU](?i:acute|grave|uml);)"
+LETTER = (
+    r"(?:[\p{L}\u00AD\u02C2-\u02C5\u02D2-\u02DF\u02E5-\u036F\u0375-\u0379\u0384\u0385\u03F6\u055A-\u055F]"
+    r"|(?=[\u0483-\u0ECE])\p{M}|&[aeiouAEIOU](?i:acute|grave|uml);)"
+)
 WORD = rf"{LETTER}(?:{LETTER}|\p{{Nd}})*(?:[.!?]{LETTER}(?:{LETTER}|\p{{Nd}})*)*"
 APOSTROPHE = r"(?:['\u0092\u2019]|(?i:&apos;))"
 ANY_APOSTROPHE = rf"(?:{APOSTROPHE}|[`\u0091\u2018\u201B])"
@@ -57,21 +60,18 @@ CLOSING = "(?:(?i:{})|{})".format(
 # ... those before a name, where it does not, and those that are one before a number only.
 TITLES = "(?:(?i:{})|(?i:m)[ft](?i:g))".format(
     _either(
-        r"mr mrs ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt mt capt ste? ave pres"
-        r" lieut hon brig co?mdr pfc spc supts? det adj adv asst assoc ens insp mlle mme msgr sfc invt elec natl dept"
-        r" vs alex wm jos cie cf treas ph ft"
+        r"mr mrs ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt mt capt ste? ave"
+        r" pres lieut hon brig co?mdr pfc spc supts? det adj adv asst assoc ens insp mlle mme msgr sfc invt elec natl"
+        r" dept vs alex wm jos cie cf treas ph ft"
     )
 )
 NUMBERED = f"(?i:{_either('ca figs? prop nos? art bldg pp op')})"
 # A sentence begins with these, so that the acronym before them ended one.
 OPENERS = "(?:{})".format(
-    "|".join(
-        f"{word[0]}(?i:{word[1:]})"
-        for word in (
-            r"A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\."
-            r" Now Once One Other Our She Since So Some Such That The Their Then There These They This We When While What"
-            r" Yet You"
-        ).split()
+    _either(
+        r"A A(?i:bout|ccording|dditionally|fter|n|s|t) B(?i:ut) E(?i:arlier) H(?i:e|er|ere|owever) I(?i:f|n|t)"
+        r" L(?i:ast) M(?i:any|ore|r\.|s\.) N(?i:ow) O(?i:nce|ne|ther|ur) S(?i:he|ince|o|ome|uch)"
+        r" T(?i:hat|he|heir|hen|here|hese|hey|his) W(?i:e|hen|hile|hat) Y(?i:et|ou)"
     )
 )
 CONTRACTED = "(?:{})".format(
@@ -84,8 +84,8 @@ CONTRACTED = "(?:{})".format(
 )
 ENDINGS = "(?i:{})".format(
     _either(
-        r"3gp bat bmp c class cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql tar"
-        r" txt wav xml x zip"
+        r"3gp bat bmp c class cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql"
+        r" tar txt wav xml x zip"
     )
 )
 PATH = r"""(?:/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},-])?"""
@@ -119,15 +119,15 @@ Rewrite = Callable[[str], str]
 ROUND = {"(": "-lrb-", ")": "-rrb-"}
 BRACKETS = {**ROUND, "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 QUOTES = {
-    **dict.fromkeys("\u0091\u2018\u201B\u2039", "`"),
-    **dict.fromkeys("\u0092\u2019\u203A", "'"),
-    **dict.fromkeys("\u0093\u201C\u00AB", "``"),
-    **dict.fromkeys("\u0094\u201D\u00BB", "''"),
+    **dict.fromkeys("\u0091\u2018\u201b\u2039", "`"),
+    **dict.fromkeys("\u0092\u2019\u203a", "'"),
+    **dict.fromkeys("\u0093\u201c\u00ab", "``"),
+    **dict.fromkeys("\u0094\u201d\u00bb", "''"),
     "&apos;": "'",
     '"': "''",
     "&quot;": "''",
 }
-CURRENCY = {"¢": "cents", "£": "#", "¤": "$", "€": "$", "\u0080": "$", "\u20A0": "$"}
+CURRENCY = {"¢": "cents", "£": "#", "¤": "$", "€": "$", "\u0080": "$", "\u20a0": "$"}
 FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">"}
 
@@ -151,10 +151,10 @@ def _opening(token: str) -> str:
 
 
 def _whole(token: str) -> str:
-    return token.replace("\u00AD", "")
+    return token.replace("\u00ad", "")
 
 
-SPACES_STAY = {" ": "\u00A0"}
+SPACES_STAY = {" ": "\u00a0"}
 """A space inside a token is a hard one."""
 
 
@@ -187,7 +187,8 @@ def _rules() -> list[tuple[regex.Pattern[str], Rewrite]]:
         (r"[\u207A\u207B\u208A\u208B]?(?:[\u2070¹²³\u2074-\u2079]+|[\u2080-\u2089]+)", _whole),
         (r"(?:\p{Nd}{1,4}[- \u00A0])?\p{Nd}{1,4}(?:\\?/|\u2044)\p{Nd}{1,4}", _replace(SPACES_STAY)),
         (r"[\u00BC-\u00BE\u2153-\u215E]", _replace(FRACTIONS)),
-        (rf"(?i:-[rl][rcs]b-|c\.d\.s|pro-|anti-|s(?:&|&amp;)p-500|s(?:&|&amp;)ls|cap{APOSTROPHE}n|c{APOSTROPHE}est)", ampersand),
+        (r"(?i:-[rl][rcs]b-|c\.d\.s|pro-|anti-|s(?:&|&amp;)p-500|s(?:&|&amp;)ls)", ampersand),
+        (rf"(?i:cap{APOSTROPHE}n|c{APOSTROPHE}est)", _whole),
         (SLASHED, _whole),
         (r"[A-Z]*\$|\#", _whole),
         (r"[\u00A2-\u00A5\u0080\u20A0\u20A4\u20AC\u060B\u0E3F\uFFE0\uFFE1\uFFE5\uFFE6]", _replace(CURRENCY)),
@@ -255,7 +256,9 @@ def caption_words(line: str) -> list[str]:
 
     Never raises; a line without a word gives an empty list.
     """
-    if PLAIN.fullmatch(line) and not SPLIT_WORDS & set(words := line.lower().rstrip(" .").split()):
-        if line[-2:].isalpha() or line.endswith(" .") or not _abbreviations().fullmatch(words[-1]):
+    if PLAIN.fullmatch(line):
+        words = line.lower().rstrip(" .").split()
+        stopped = line.endswith(".") and not line.endswith(" .")
+        if not SPLIT_WORDS.intersection(words) and not (stopped and _abbreviations().fullmatch(words[-1])):
             return words
     return [token for token in _tokens(line) if token not in PUNCTUATION]

@@ -27,12 +27,21 @@ def test_answers_outside_the_vocabulary_count_as_wrong_in_one_protocol_and_not_a
 
 
 def test_the_baselines_are_the_most_common_answers_of_the_training_questions() -> None:
-    training = [("what", "blue"), ("what", "blue"), ("what", "red"), ("who", "man"), ("who", "boy"), ("where", "sea")]
+    training = [
+        ("what", "blue"),
+        ("what", "blue"),
+        ("what", "red"),
+        ("who", "man"),
+        ("who", "boy"),
+        ("where", "sea"),
+    ]
     metrics = answer_metrics(TRUTHS, ANSWERS, TYPES, training=training)
     assert metrics["baseline"] == pytest.approx(100 * 1 / 6)  # always "blue"
     # what: blue; who: boy, the first of two; how: not seen in training, so blue again
     assert metrics["baseline_by_type"] == pytest.approx(100 * 1 / 6)
-    assert (metrics["baseline/what"], metrics["baseline/who"], metrics["baseline/how"]) == pytest.approx((100 / 3, 0, 0))
+    assert (metrics["baseline/what"], metrics["baseline/who"], metrics["baseline/how"]) == pytest.approx(
+        (100 / 3, 0, 0)
+    )
 
 
 def test_without_training_questions_the_baselines_are_as_high_as_they_can_be() -> None:
@@ -42,7 +51,16 @@ def test_without_training_questions_the_baselines_are_as_high_as_they_can_be() -
 
 
 def test_a_question_is_of_the_type_of_its_first_word() -> None:
-    questions = ["What moves?", "who's there", "HOW many", "when", "where is it", "is it red?", "", "whatever"]
+    questions = [
+        "What moves?",
+        "who's there",
+        "HOW many",
+        "when",
+        "where is it",
+        "is it red?",
+        "",
+        "whatever",
+    ]
     types = ["what", "who", "how", "when", "where", "other", "other", "other"]
     assert [question_type(question) for question in questions] == types
 
