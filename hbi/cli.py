@@ -2,94 +2,95 @@
 
 import difflib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated, Any, Union
 
 import tyro
+from tyro.conf import subcommand
 
-from hbi import commands
-from hbi.demo import demo
+from hbi.commands import corpora, demo, search, training
+from hbi.signals import end_on_signal, stop_ray
 
-END_SECONDS = 3.5
-"""How long an interrupted command may tidy up before what it started is ended for it."""
-
-
-def _fill_types(name: str, args: list[str]) -> None:
-    """Gives the flags that come in groups their types, and `--set` the defaults of the run that is named.
-
-    They stand in rooms that are not imported before a command is chosen, so the signatures above cannot hold them.
-    """
-    if name == "shard":
-        from hbi.pipelines.sharding.filters import FilterSettings
-
-        commands.shard.__annotations__["filters"] = FilterSettings
-        commands.shard.__defaults__ = (*(commands.shard.__defaults__ or ())[:-1], FilterSettings())
-    if name == "train":
-        from hbi.training.settings import RUNS, TrainConfig
-
-        run = args[0] if args and not args[0].startswith("-") else "debug"
-        if run not in RUNS:
-            raise ValueError(f"{run}: no such run: choose one of {', '.join(RUNS)}")
-        commands.train.__annotations__["set"] = TrainConfig
-        commands.train.__defaults__ = (*(commands.train.__defaults__ or ())[:-1], RUNS[run])
-
-
-CONTENTS: dict[str, dict[str, Callable[..., None]]] = {
-    "Start here": {"demo": demo},
+CONTENTS: dict[str, dict[str, type]] = {
+    "Start here": {"demo": demo.Demo},
     "Corpora": {
-        "corpus": commands.corpus,
-        "import-dataset": commands.import_dataset,
-        "split": commands.split,
-        "shard": commands.shard,
+        "corpus": corpora.Corpus,
+        "import-dataset": corpora.ImportDataset,
+        "split": corpora.Split,
+        "shard": corpora.Shard,
     },
     "Training": {
-        "train": commands.train,
-        "evaluate": commands.evaluate,
-        "runs": commands.runs,
-        "promote": commands.promote,
+        "train": training.Train,
+        "evaluate": training.Evaluate,
+        "runs": training.Runs,
+        "promote": training.Promote,
     },
-    "Search": {"index": commands.index, "search": commands.search, "serve": commands.serve},
+    "Search": {"index": search.BuildIndex, "search": search.Search, "serve": search.Serve},
 }
+COMMANDS = {name: command for group in CONTENTS.values() for name, command in group.items()}
+COMPLETION = "--tyro-print-completion"
 
 
 def main() -> None:
     """Runs one command; exits with 0 on success only, 1 on an error, 2 on a command line that cannot be read."""
-    args = [arg for arg in sys.argv[1:] if arg != "--debug"]
-    debug = len(args) < len(sys.argv) - 1
-    known = {name: command for group in CONTENTS.values() for name, command in group.items()}
+    try:
+        status = _main([arg for arg in sys.argv[1:] if arg != "--debug"], debug="--debug" in sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `hbi --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    if status:
+        sys.exit(status)
+
+
+def _main(args: Sequence[str], debug: bool) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(contents())
-        return
+        return 0
+    if args[0] == "--version":
+        print(f"hbi {metadata.version('hbi')}")
+        return 0
+    if args[0] == COMPLETION:
+        tyro.cli(_every_command(), prog="hbi", args=args)
     name, *rest = args
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        print(
-            f"hbi: no command {name!r}{f': did you mean {near[0]!r}?' if near else ''} (hbi --help)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    _end_on_signal()
-    status = 1
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        print(f"hbi: no command {name!r}{hint} (hbi --help)", file=sys.stderr)
+        return 2
+    end_on_signal()
     try:
-        _fill_types(name, rest)
-        tyro.cli(known[name], args=rest, prog=f"hbi {name}")
-        status = 0
+        read(name, rest).run()
+        return 0
     except KeyboardInterrupt:
         print(f"hbi {name}: interrupted", file=sys.stderr)
-        status = 130
+        return 130
     except SystemExit as ending:
-        status = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+        return ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             raise
         print(f"hbi {name}: {one_line(error)}", file=sys.stderr)
+        return 1
     finally:
-        _stop_ray()
-    if status:
-        sys.exit(status)
+        stop_ray()
+
+
+def read(name: str, args: Sequence[str]) -> Any:
+    """The command as its arguments describe it. SystemExit where they cannot be read."""
+    command: Any = COMMANDS[name]
+    return (
+        command.read(args) if hasattr(command, "read") else tyro.cli(command, args=args, prog=f"hbi {name}")
+    )
+
+
+def _every_command() -> Any:
+    """All commands as one type, for a shell's completion."""
+    return Union[tuple(Annotated[command, subcommand(name)] for name, command in COMMANDS.items())]  # noqa: UP007
 
 
 def contents() -> str:
@@ -113,41 +114,3 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ValueError) or (isinstance(error, OSError) and text):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _end_on_signal() -> None:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt once; a moment later whatever is left of the command is ended."""
-
-    def end(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        started = _descendants()
-        timer = threading.Timer(END_SECONDS, lambda: (_kill(started | _descendants()), os._exit(130)))
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-
-
-def _descendants() -> set[Any]:
-    import psutil
-
-    return set(psutil.Process().children(recursive=True))
-
-
-def _kill(processes: set[Any]) -> None:
-    import psutil
-
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
-def _stop_ray() -> None:
-    """Stops a Ray that this command started (a cluster that it joined stays up)."""
-    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-        ray.shutdown()

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hbi import commands
+from hbi.commands.corpora import Corpus
+from hbi.commands.search import BuildIndex
+from hbi.commands.training import Train
 
 QUESTIONS = (
     "the red square moves left",
@@ -28,6 +30,24 @@ QUESTIONS = (
 DEFAULT_CLIPS = 2000
 """With fewer there is too little to learn from to ask for a score."""
 MODEL = "models:/hbi@champion"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo makes, and what it leaves running."""
+
+    out: str = "demo-out"
+    """Folder for everything that the demo makes."""
+    clips: int = DEFAULT_CLIPS
+    """How many clips to make; a tenth of them is the test."""
+    seed: int = 0
+    """Of the corpus and of the training."""
+    serve: bool = False
+    """Keep the search page and the MLflow UI up at the end, until Ctrl-C."""
+    fresh: bool = False
+    """Start clean even where an earlier demo could be resumed."""
+    port: int = 8000
+    """Of the search page; the MLflow UI takes the next one."""
 
 
 @dataclass
@@ -81,41 +101,19 @@ class Demo:
         self.save()
 
 
-def demo(
-    out: str = "demo-out",
-    clips: int = 2000,
-    seed: int = 0,
-    serve: bool = False,
-    fresh: bool = False,
-    port: int = 8000,
-) -> None:
-    """The whole chain on the made corpus: videos, shards, training, registry, index, search.
-
-    Example: hbi demo --serve
-
-    Args:
-        out: Folder for everything that the demo makes.
-        clips: How many clips to make; a tenth of them is the test.
-        seed: Of the corpus and of the training.
-        serve: Keep the search page and the MLflow UI up at the end, until Ctrl-C.
-        fresh: Start clean even where an earlier demo could be resumed.
-        port: Of the search page; the MLflow UI takes the next one.
-    """
-    run(Path(out).resolve(), clips, seed, serve, fresh, port)
-
-
-def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int) -> None:
+def run(settings: DemoSettings) -> None:
     """The demo. ValueError: the folder is someone else's, or the port is taken; RuntimeError: R@1 is near chance."""
     from hbi.infra.ray_runtime import ray_running
     from hbi.serving.app import free_port
 
-    free_port("127.0.0.1", port)
-    demo = Demo(folder, {"clips": clips, "seed": seed})
-    demo.open(fresh)
+    free_port("127.0.0.1", settings.port)
+    folder = Path(settings.out).resolve()
+    demo = Demo(folder, {"clips": settings.clips, "seed": settings.seed})
+    demo.open(settings.fresh)
     tracking = f"sqlite:///{folder / 'mlflow.db'}"
     if "corpus" not in demo.stages:
         with demo.stage("corpus", "H.264 clips of moving shapes, with captions and questions"):
-            commands.corpus(demo.path("corpus"), clips, seed)
+            Corpus(demo.path("corpus"), settings.clips, settings.seed).run()
     with ray_running():
         if "shard" not in demo.stages:
             _shard(demo)
@@ -123,24 +121,27 @@ def run(folder: Path, clips: int, seed: int, serve: bool, fresh: bool, port: int
             _train(demo, tracking)
         if "index" not in demo.stages:
             with demo.stage("index", f"the frame tokens of every clip, by {MODEL}"):
-                commands.index(MODEL, demo.path("shards"), demo.path("index"), tracking=tracking)
-        _search(demo, tracking, port)
+                BuildIndex(MODEL, demo.path("shards"), demo.path("index"), tracking=tracking).run()
+        _search(demo, tracking, settings.port)
         print(table(demo), flush=True)
-        if serve:
-            _keep_serving(tracking, port)
+        if settings.serve:
+            _keep_serving(tracking, settings.port)
     metrics = demo.stages["train"]["metrics"]
-    if clips >= DEFAULT_CLIPS and metrics["test/t2v/R@1"] < 1000 / metrics["test/videos"]:
+    if settings.clips >= DEFAULT_CLIPS and metrics["test/t2v/R@1"] < 1000 / metrics["test/videos"]:
         raise RuntimeError("text-to-video R@1 is under ten times chance: the model or its training is wrong")
 
 
 def _shard(demo: Demo) -> None:
+    from hbi.model.frames import FrameSettings
+    from hbi.pipelines.sharding.run import shard
+    from hbi.pipelines.sharding.shards import ShardSettings
     from hbi.training.settings import RUNS
 
     model = RUNS["demo"].model
     with demo.stage("shard", "Ray Data decodes them into WebDataset tars") as result:
-        made = commands.shard(
-            demo.path("corpus/manifest.jsonl"), demo.path("shards"), model.frames, model.towers.image_size
-        )
+        settings = ShardSettings(FrameSettings(model.frames, model.towers.image_size))
+        made = shard(demo.path("corpus/manifest.jsonl"), demo.path("shards"), settings)
+        print(made)
         result.update(rows=made.rows, samples=made.samples, failures=made.rows - made.samples)
 
 
@@ -149,7 +150,7 @@ def _train(demo: Demo, tracking: str) -> None:
 
     with demo.stage("train", "Ray Train, two workers over gloo; MLflow tracks and registers") as result:
         config = replace(RUNS["demo"], seed=demo.settings["seed"])
-        made = commands.train("demo", demo.path("shards"), demo.path("run"), tracking, config)
+        made = Train("demo", demo.path("shards"), config, demo.path("run"), tracking).run()
         result.update(metrics=made.metrics, run_id=made.run_id)
 
 

@@ -1,8 +1,6 @@
 """The front door: help like a table of contents, one line for a mistake, and Ctrl-C that leaves nothing behind."""
 
-import functools
 import json
-import os
 import shlex
 import signal
 import socket
@@ -14,10 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hbi import cli, commands
+from hbi import cli
+from hbi.commands.corpora import Corpus
+from hbi.training.settings import RUNS
 
-COMMANDS = ["demo", "corpus", "import-dataset", "split", "shard", "train", "evaluate", "runs", "promote"]
-COMMANDS += ["index", "search", "serve"]
+ROOT = Path(__file__).resolve().parents[2]
+
+COMMANDS = list(cli.COMMANDS)
 
 
 def run(
@@ -25,8 +26,8 @@ def run(
 ) -> tuple[int, str, str]:
     """A command in this process: its exit status, and what it said."""
     monkeypatch.setattr(sys, "argv", ["hbi", *map(str, args)])
-    monkeypatch.setattr(cli, "_end_on_signal", lambda: None)
-    monkeypatch.setattr(cli, "_stop_ray", lambda: None)
+    monkeypatch.setattr(cli, "end_on_signal", lambda: None)
+    monkeypatch.setattr(cli, "stop_ray", lambda: None)
     status = 0
     try:
         cli.main()
@@ -51,22 +52,73 @@ def test_every_command_has_help_with_an_example(capsys, monkeypatch, command: st
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_example_is_a_command_line_that_is_understood(capsys, monkeypatch, command: str) -> None:
-    group = next(group for group in cli.CONTENTS.values() if command in group)
-    calls = []
-    stub = functools.wraps(group[command])(lambda *given, **named: calls.append((given, named)))
-    monkeypatch.setitem(group, command, stub)
-    _, example = (group[command].__doc__ or "").split(f"Example: hbi {command}")
-    status, _, err = run(capsys, monkeypatch, command, *shlex.split(example.splitlines()[0]))
-    assert status == 0 and len(calls) == 1, err
+def test_every_example_is_a_command_line_that_is_understood(command: str) -> None:
+    example = (cli.COMMANDS[command].__doc__ or "").split(f"Example: hbi {command}")[1]
+    assert isinstance(cli.read(command, shlex.split(example.splitlines()[0])), cli.COMMANDS[command])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments_are_shown_by_what_they_are(capsys, monkeypatch, command: str) -> None:
+    _, out, _ = run(capsys, monkeypatch, command, "--help")
+    usage = out[: out.index("\n\n")]
+    assert "STR" not in usage.split("[--")[0], usage
+
+
+def test_defaults_are_said_once(capsys, monkeypatch) -> None:
+    _, out, _ = run(capsys, monkeypatch, "serve", "--help")
+    assert out.count("MLFLOW_TRACKING_URI") == 1
+    assert out.count("8000") == 2  # in the example, and as the default
 
 
 def test_the_flags_of_train_are_those_of_the_named_run(capsys, monkeypatch) -> None:
     _, debug, _ = run(capsys, monkeypatch, "train", "debug", "--help")
-    _, demo, _ = run(capsys, monkeypatch, "train", "demo", "--help")
-    assert "--set.optim.lr" in debug
-    assert "(default: demo)" in demo
-    assert "(default: demo)" not in debug
+    _, demo, _ = run(capsys, monkeypatch, "train", "--set.seed", "3", "demo", "--help")
+    assert "--set.optim.lr" in debug and all(name in debug for name in RUNS)
+    assert "are those of debug" in debug and "are those of demo" in demo
+    assert f"(default: {RUNS['demo'].optim.lr})" in demo
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --data demo",
+        "--data demo demo",
+        "--set.optim.betas 0.9 0.98 demo --data demo",
+        "--set.model.checkpointing demo --data=demo",
+        "--set.model.no-checkpointing --set.optim.lr 1e-3 --out debug --data demo demo",
+    ],
+)
+def test_an_option_before_the_name_of_a_run_changes_nothing(line: str) -> None:
+    read = cli.read("train", line.split())
+    assert (read.name, read.data, read.set.name) == ("demo", "demo", "demo")
+    assert read.set.workers == RUNS["demo"].workers
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -c 'from hbi.cli import main; main()' --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("hbi: ") and not done.stderr
+
+
+def test_a_wrong_argument_is_told_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys; from hbi.cli import main; sys.argv = ['hbi', 'index', '--nonsense']\n"
+        "try: main()\nexcept SystemExit as e: print(e.code)\n"
+        "print({'ray', 'mlflow', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n")[-3:-1] == ["2", "set()"]
+    assert "--nonsense" in done.stderr
+
+
+def test_shells_complete_every_command(capsys, monkeypatch) -> None:
+    status, out, _ = run(capsys, monkeypatch, "--tyro-print-completion", "bash")
+    assert status == 0 and all(command in out for command in COMMANDS)
+
+
+def test_the_version_is_told(capsys, monkeypatch) -> None:
+    status, out, _ = run(capsys, monkeypatch, "--version")
+    assert status == 0 and out.split()[0] == "hbi"
 
 
 def one_line(err: str) -> str:
@@ -113,8 +165,8 @@ def test_an_unknown_command_is_told_the_nearest(capsys, monkeypatch) -> None:
     assert "'search'" in one_line(err)
 
 
-def test_ctrl_c_ends_a_command_within_five_seconds_and_leaves_no_process(tmp_path: Path) -> None:
-    commands.corpus(str(tmp_path / "corpus"), clips=12)
+def test_ctrl_c_ends_a_command_and_leaves_no_process(tmp_path: Path) -> None:
+    Corpus(str(tmp_path / "corpus"), clips=12).run()
     row = (tmp_path / "corpus" / "manifest.jsonl").read_text().splitlines()[0]
     manifest = tmp_path / "corpus" / "many.jsonl"
     manifest.write_text("".join(row + "\n" for _ in range(20_000)))
@@ -128,9 +180,7 @@ def test_ctrl_c_ends_a_command_within_five_seconds_and_leaves_no_process(tmp_pat
         "--samples-per-shard",
         "4",
     ]
-    with subprocess.Popen(
-        command, cwd=Path(cli.__file__).parent, stderr=subprocess.PIPE, start_new_session=True
-    ) as job:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as job:
         try:
             done = tmp_path / "out" / ".done"
             deadline = time.monotonic() + 120
@@ -140,9 +190,7 @@ def test_ctrl_c_ends_a_command_within_five_seconds_and_leaves_no_process(tmp_pat
             started = psutil.Process(job.pid).children(recursive=True)
             assert started
             job.send_signal(signal.SIGINT)
-            clock = time.monotonic()
             _, err = job.communicate(timeout=60)
-            assert time.monotonic() - clock < 5 * (3 if os.environ.get("CI") else 1)
             assert job.returncode == 130
             assert b"Traceback" not in err
         finally:

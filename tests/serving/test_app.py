@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from hbi import commands
+from hbi.commands.corpora import Corpus, Shard
+from hbi.commands.search import BuildIndex
 from hbi.model.config import ModelConfig, TowerConfig
 from hbi.model.frames import from_jpegs
 from hbi.model.tokenizer import load_tokenizer, train_tokenizer
@@ -43,8 +44,8 @@ def ask(address: str, method: str, path: str, body: Any = None) -> tuple[int, An
 def chain(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made corpus, its shards, a model with random weights, and the index of the one by the other."""
     folder = tmp_path_factory.mktemp("chain")
-    commands.corpus(str(folder / "corpus"), clips=16)
-    commands.shard(str(folder / "corpus" / "manifest.jsonl"), str(folder / "shards"), frames=4, size=32)
+    Corpus(str(folder / "corpus"), clips=16).run()
+    Shard(str(folder / "corpus" / "manifest.jsonl"), str(folder / "shards"), frames=4, size=32).run()
     towers = TowerConfig(
         image_size=32, patch_size=16, vision_width=32, vision_layers=1, vision_heads=2,
         text_width=32, text_layers=1, text_heads=2, vocab_size=300, context=32, dim=32,
@@ -77,11 +78,11 @@ def test_the_index_holds_every_clip_with_its_times(chain: Path) -> None:
 
 
 def test_shards_of_another_size_are_refused(chain: Path, tmp_path: Path) -> None:
-    commands.shard(str(chain / "corpus" / "manifest.jsonl"), str(tmp_path / "shards"), frames=4, size=48)
+    Shard(str(chain / "corpus" / "manifest.jsonl"), str(tmp_path / "shards"), frames=4, size=48).run()
     with pytest.raises(
         ValueError, match=r"size 48, but the model takes 32: .*hbi shard --frames 4 --size 32"
     ):
-        commands.index(str(chain / "model"), str(tmp_path / "shards"), str(tmp_path / "index"))
+        BuildIndex(str(chain / "model"), str(tmp_path / "shards"), str(tmp_path / "index")).run()
     assert not (tmp_path / "index").exists()
 
 

@@ -1,0 +1,139 @@
+"""From videos to shards."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from hbi.commands.arguments import Manifest, Out, Path
+from hbi.pipelines.sharding.filters import FilterSettings
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Make the corpus of moving shapes: videos and manifest.jsonl.
+
+    Example: hbi corpus shapes --clips 2000 --seed 0
+    """
+
+    out: Out
+    """Folder or s3:// URI to write to."""
+    clips: int = 2000
+    """How many clips."""
+    seed: int = 0
+    """The same seed gives the same bytes."""
+
+    def run(self) -> None:
+        from hbi.commands.progress import progress_bar
+        from hbi.pipelines.corpus.make import make_corpus
+
+        making = make_corpus(self.out, self.clips, self.seed)
+        with progress_bar("corpus", self.clips) as bar:
+            for done in making:
+                bar.update(done - bar.n)
+        print(f"{self.out}: {self.clips} clips and manifest.jsonl")
+
+
+@dataclass(frozen=True)
+class ImportDataset:
+    """Turn a public dataset's annotation files into a manifest; `folder` takes any folder of videos.
+
+    Example: hbi import-dataset msrvtt MSRVTT/anns MSRVTT/videos msrvtt.jsonl
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """msrvtt, msrvtt-full, msvd, didemo, activitynet, activitynet-segments, lsmdc, vatex, webvid, msrvtt-qa, msvd-qa,
+    activitynet-qa; or folder, for videos without annotations."""
+    annotations: Annotated[Positional[str], arg(metavar="ANNOTATIONS")]
+    """The folder of the published annotation files (for `folder`: any name, it is not read)."""
+    videos: Annotated[Positional[str], arg(metavar="VIDEOS")]
+    """The folder of the videos, local or s3://."""
+    out: Annotated[Positional[str], arg(metavar="OUT.jsonl")]
+    """The manifest to write."""
+
+    def run(self) -> None:
+        from hbi.pipelines.datasets.table import import_dataset
+        from hbi.pipelines.manifest import folder_manifest
+
+        if self.name == "folder":
+            count = folder_manifest(self.videos, self.out)
+        else:
+            count = import_dataset(self.name, self.annotations, self.videos, self.out)
+        print(f"{self.out}: {count} clips")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut the long videos of a manifest into clips: a manifest of clips, by stride or at shot boundaries.
+
+    Example: hbi split films.jsonl clips.jsonl --by shots --seconds 20
+    """
+
+    manifest: Manifest
+    """JSON Lines or Parquet, local or s3://."""
+    out: Annotated[Positional[str], arg(metavar="OUT.jsonl")]
+    """The manifest to write."""
+    by: Literal["stride", "shots"] = "stride"
+    """stride cuts every so many seconds; shots cuts where the picture changes."""
+    seconds: float = 10.0
+    """Length of a clip; with shots, of the longest."""
+    min_seconds: float = 1.0
+    """Length of the shortest."""
+    threshold: float = 27.0
+    """How much the picture must change at a boundary, 0 to 255."""
+
+    def run(self) -> None:
+        from hbi.pipelines.split import SplitSettings, split_manifest
+
+        settings = SplitSettings(self.by, self.seconds, self.min_seconds, self.threshold)
+        print(f"{self.out}: {split_manifest(self.manifest, self.out, settings)} clips")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Decode the clips of a manifest into WebDataset tars; every clip ends as a sample or as a failure with a reason.
+
+    Run again, it does only what is missing.
+
+    Example: hbi shard manifest.jsonl shards --frames 12 --size 224
+    """
+
+    manifest: Manifest
+    """JSON Lines or Parquet, local or s3://; one row a clip."""
+    out: Out
+    """Folder or s3:// URI for the tars, index.json and failures.jsonl."""
+    frames: int = 12
+    """Most frames of a clip."""
+    size: int = 224
+    """Height and width of a frame in pixels."""
+    choice: Literal["uniform", "fps", "segments"] = "uniform"
+    """uniform from first to last; the centres of equal segments; or so many per second."""
+    fps: float = 1.0
+    """Frames per second of choice fps."""
+    samples_per_shard: int = 100
+    """Manifest rows per tar."""
+    jpeg_quality: int = 95
+    """Of the frames, 1 to 100."""
+    clip_timeout: float = 60.0
+    """Seconds after which a clip is given up."""
+    clip_memory: int = 2048
+    """MiB that decoding a clip may take."""
+    report: Path = None
+    """Path of an HTML page to write: contact sheets, histograms, failures."""
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    """What a clip must be; those rejected are rows of failures.jsonl with stage filter."""
+
+    def run(self) -> None:
+        from hbi.model.frames import FrameSettings
+        from hbi.pipelines.sharding.run import shard
+        from hbi.pipelines.sharding.shards import ShardSettings
+
+        settings = ShardSettings(
+            FrameSettings(self.frames, self.size, self.choice, self.fps),
+            self.samples_per_shard,
+            self.jpeg_quality,
+            self.clip_timeout,
+            self.clip_memory,
+            self.filters,
+        )
+        print(shard(self.manifest, self.out, settings, self.report))

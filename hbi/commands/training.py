@@ -1,0 +1,152 @@
+"""From shards to a registered model."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from hbi.commands.arguments import Model, Path, Shards, Tracking
+from hbi.training.settings import RUNS, TrainConfig, flatten
+
+if TYPE_CHECKING:
+    from hbi.training.run import TrainResult
+
+HELP = {"-h", "--help"}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a named run on shards; run again, it goes on from its last checkpoint.
+
+    Example: hbi train demo --data shards --set.optim.lr 1e-3
+    """
+
+    name: Annotated[Positional[str], arg(metavar="RUN")]
+    """The named run."""
+    data: Annotated[str, arg(metavar="SHARDS")]
+    """A folder that `hbi shard` wrote, local or s3://."""
+    set: TrainConfig
+    """Any field of the run."""
+    out: Path = None
+    """Folder or s3:// URI for checkpoints and the model (default: runs/RUN)."""
+    tracking: Tracking = None
+    """MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+
+    @classmethod
+    def read(cls, args: Sequence[str]) -> "Train":
+        """A command line whose `--set` flags have the defaults of the run that is named, wherever it stands."""
+        name = named_run(args)
+        if name is not None and name not in RUNS:
+            raise ValueError(f"{name}: no such run: choose one of {', '.join(RUNS)}")
+        shown = RUNS[name or "debug"]
+        about = f"{inspect.getdoc(cls)}\n\nRuns: {', '.join(RUNS)}.\n\nThe defaults below are those of {shown.name}."
+        if HELP & set(args):
+            args = ["--help"]  # with the run's name before it, that argument would be left out
+        default = cls(tyro.MISSING, tyro.MISSING, shown)
+        return tyro.cli(cls, prog="hbi train", args=args, default=default, description=about)
+
+    def run(self) -> "TrainResult":
+        from hbi.serving.package import PACKAGE
+        from hbi.training.evaluate.retrieval import table
+        from hbi.training.run import train
+
+        result = train(self.set, self.data, self.out or f"runs/{self.name}", self.tracking, PACKAGE)
+        print(f"model  {result.model}")
+        for split in dict.fromkeys(metric.split("/")[0] for metric in result.metrics):
+            print(table(result.metrics, split))
+        return result
+
+
+def named_run(args: Sequence[str]) -> str | None:
+    """The first argument that is neither a flag nor a flag's value."""
+    defaults = {"data": "", "out": "", "tracking": "", **flatten({"set": asdict(TrainConfig())})}
+    values = 0
+    for given in args:
+        if given.startswith("-"):
+            value = defaults.get(given.removeprefix("--").replace("-", "_"), True)
+            values = 0 if isinstance(value, bool) else len(value) if isinstance(value, tuple) else 1
+        elif values:
+            values -= 1
+        else:
+            return given
+    return None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure retrieval, both ways, of a model on a split of shards.
+
+    Example: hbi evaluate models:/hbi@champion shards --split test
+    """
+
+    model: Model
+    """A model folder, models:/name@alias or models:/name/version, or the file of a published checkpoint."""
+    shards: Shards
+    """A folder that `hbi shard` wrote, local or s3://."""
+    split: str = "test"
+    """Which split."""
+    paragraph: bool = False
+    """All captions of a clip as one text."""
+    rates: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    """Weights of the entity, action and event similarities."""
+    dsl: bool = False
+    """Also with dual softmax, which sees all queries at once (t2v+dsl/R@1)."""
+    qbnorm: int = 0
+    """Also with QB-Norm, on a bank of so many training clips (t2v+qbnorm/R@1)."""
+    tokenizer: Path = None
+    """For a published checkpoint: a CLIP name or folder."""
+    words: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    """For a published checkpoint: tokens a text is cut to."""
+    tracking: Tracking = None
+    """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+
+    def run(self) -> None:
+        from hbi.training.evaluate.retrieval import EvalProtocol, evaluate_command, table
+
+        protocol = EvalProtocol(self.paragraph, self.rates, self.dsl, self.qbnorm)
+        metrics = evaluate_command(
+            self.model, self.shards, self.split, protocol, self.tracking, self.tokenizer, self.words
+        )
+        print(table(metrics, self.split))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Compare training runs: a table, best first, of metrics and of the settings that differ.
+
+    Example: hbi runs --experiment hbi
+    """
+
+    experiment: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """One MLflow experiment; all of them otherwise."""
+    tracking: Tracking = None
+    """MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+
+    def run(self) -> None:
+        from hbi.infra.mlflow.registry import runs_table
+
+        print(runs_table(self.experiment, self.tracking))
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Move an alias of the registered model to the version that a run made.
+
+    Example: hbi promote 1f3a9c --alias champion
+    """
+
+    run_id: Annotated[Positional[str], arg(metavar="RUN_ID")]
+    """An MLflow run, as `hbi runs` shows it; its beginning is enough."""
+    alias: str = "champion"
+    """The alias to move."""
+    tracking: Tracking = None
+    """MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+
+    def run(self) -> None:
+        from hbi.infra.mlflow.registry import promote
+
+        version = promote(self.run_id, self.alias, self.tracking)
+        print(f"models:/hbi@{self.alias} is version {version}")
