@@ -102,7 +102,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 
 def test_a_wrong_argument_is_told_before_anything_heavy_is_imported() -> None:
     code = (
-        "import sys; from hbi.cli import main; sys.argv = ['hbi', 'index', '--nonsense']\n"
+        "import sys; from hbi.cli import main; sys.argv = ['hbi', 'serve', 'm', 'i', '--nonsense']\n"
         "try: main()\nexcept SystemExit as e: print(e.code)\n"
         "print({'ray', 'mlflow', 'torch', 'transformers'} & set(sys.modules))"
     )
