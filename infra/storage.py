@@ -162,6 +162,13 @@ def exists(path: str) -> bool:
     return True
 
 
+def require_bucket(path: str) -> None:
+    """FileNotFoundError or PermissionError where a remote path's bucket is not there or not open to us."""
+    remote = filesystem(path)
+    bucket = _key(path).split("/")[0]
+    _persist(f"s3://{bucket}", lambda: remote.info(bucket, refresh=True))
+
+
 class _Ranges(io.RawIOBase):
     """An object as a seekable raw stream of ranged requests, each checked for its length."""
 
