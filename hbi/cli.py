@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Annotated, Any, Union
@@ -10,7 +11,9 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import subcommand
 
-from hbi.commands import corpora, demo, search, training
+from hbi.commands import cluster, corpora, demo, search, training
+from hbi.infra.cluster.attempts import MISTAKE
+from hbi.infra.project import ROOT
 from hbi.signals import end_on_signal, stop_ray
 
 CONTENTS: dict[str, dict[str, type]] = {
@@ -28,13 +31,14 @@ CONTENTS: dict[str, dict[str, type]] = {
         "promote": training.Promote,
     },
     "Search": {"index": search.BuildIndex, "search": search.Search, "serve": search.Serve},
+    "On a cluster": {"submit": cluster.Submit},
 }
 COMMANDS = {name: command for group in CONTENTS.values() for name, command in group.items()}
 COMPLETION = "--tyro-print-completion"
 
 
 def main() -> None:
-    """Runs one command; exits with 0 on success only, 1 on an error, 2 on a command line that cannot be read."""
+    """Runs one command; exits with 0 on success only, 1 on an error, 2 on a mistake of the user's."""
     try:
         status = _main([arg for arg in sys.argv[1:] if arg != "--debug"], debug="--debug" in sys.argv[1:])
         sys.stdout.flush()
@@ -75,7 +79,7 @@ def _main(args: Sequence[str], debug: bool) -> int:
         if debug:
             raise
         print(f"hbi {name}: {one_line(error)}", file=sys.stderr)
-        return 1
+        return MISTAKE if is_mistake(error) else 1
     finally:
         stop_ray()
 
@@ -104,12 +108,28 @@ def contents() -> str:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, in one line. Ray wraps a worker's error: the innermost one is the user's."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and isinstance(
-        cause, BaseException
-    ):
+def unwrapped(error: BaseException) -> BaseException:
+    """A worker's error without Ray's own around it."""
+    while type(error).__module__.startswith("ray."):
+        cause = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(cause, BaseException):
+            break
         error = cause
+    return error
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user has something to mend: a value that we refused. A library's may have other reasons."""
+    error = unwrapped(error)
+    if not isinstance(error, ValueError):
+        return False
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return not frames or frames[-1].startswith(str(ROOT / "hbi"))
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line: what Ray wraps comes out of its wrapping, and what we say of a cause stands."""
+    error = unwrapped(error)
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if isinstance(error, ValueError) or (isinstance(error, OSError) and text):
         return text

@@ -6,8 +6,10 @@ import sys
 import threading
 from typing import Any
 
-END_SECONDS = 3.5
-"""How long an interrupted command may tidy up before what it started is ended for it."""
+END_SECONDS = 2.5
+"""How long an interrupted command may tidy up before what it started is ended for it.
+
+Less than the 3 s after which Ray ends a job that was told to stop."""
 
 
 def end_on_signal() -> None:

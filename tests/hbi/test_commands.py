@@ -150,12 +150,12 @@ def test_bad_input_gets_one_line_that_names_it(capsys, monkeypatch, tmp_path: Pa
         }
         for args, named in cases.items():
             status, _, err = run(capsys, monkeypatch, *args)
-            assert status in (1, 2), args
+            assert status == 2, args
             assert named in one_line(err)
     status, _, err = run(
         capsys, monkeypatch, "serve", "models:/nobody@champion", "i", "--tracking", store, "--port", 0
     )
-    assert status == 1
+    assert status == 2
     assert "nobody" in err.splitlines()[-1]
 
 
