@@ -21,8 +21,10 @@ def _positive(owner: object, names: str) -> None:
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of the two CLIP-shaped towers; the defaults are a small pair that trains on a CPU."""
+    """Sizes of the two towers; the defaults are a small CLIP-shaped pair that trains on a CPU."""
 
+    family: Literal["clip", "siglip", "siglip2"] = "clip"
+    """How the towers are laid out (`hbi.model.backbones.pretrained` says which checkpoints are which)."""
     image_size: int = 64
     """Height and width of a frame, pixels."""
     patch_size: int = 16
@@ -51,6 +53,14 @@ class TowerConfig:
     """Width of the joint space that words and frames are projected to."""
     activation: str = "quick_gelu"
     """The MLPs' activation, in the names of `transformers`; OpenAI's CLIP has quick_gelu."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the towers' layer norms."""
+    pad_id: int = 0
+    """What SigLIP's texts are filled up with; CLIP's words never see their padding."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of a pixel in 0..1, by colour: subtracted before the vision tower."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Of a pixel in 0..1, by colour: divided by before the vision tower."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -58,12 +68,31 @@ class TowerConfig:
             "image_size patch_size vision_width vision_layers vision_heads text_width text_layers text_heads"
             " vocab_size context dim",
         )
+        if self.family not in ("clip", "siglip", "siglip2"):
+            raise ValueError(f"TowerConfig.family is {self.family!r}, must be clip, siglip or siglip2")
+        if self.family != "clip" and self.vision_width != self.dim:
+            raise ValueError(
+                f"TowerConfig.vision_width is {self.vision_width}, must be dim ({self.dim}): {self.family} "
+                "projects no frame"
+            )
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"TowerConfig.patch_size is {self.patch_size}, must be at most image_size ({self.image_size})"
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or not min(self.image_std) > 0:
+            raise ValueError(
+                f"TowerConfig.image_mean and image_std are {self.image_mean} and {self.image_std}, must be three "
+                "numbers each, the latter above 0"
+            )
         for part, whole in (
             ("patch_size", "image_size"),
             ("vision_heads", "vision_width"),
             ("text_heads", "text_width"),
         ):
-            if getattr(self, whole) % getattr(self, part):
+            cropped = (
+                part == "patch_size" and self.family == "siglip"
+            )  # as so400m-patch14-384: a rest is left out
+            if getattr(self, whole) % getattr(self, part) and not cropped:
                 raise ValueError(
                     f"TowerConfig.{part} is {getattr(self, part)}, must divide {whole} ({getattr(self, whole)})"
                 )
@@ -74,7 +103,8 @@ class ModelConfig:
     """Everything that says which arrays an HBI model has and what it computes with them."""
 
     backbone: str = ""
-    """A CLIP checkpoint, by name or folder, that `build_model` starts from; empty: fresh towers of `towers`."""
+    """A CLIP, MetaCLIP 2, SigLIP or SigLIP 2 checkpoint of `transformers`, by name or folder, that `build_model` starts
+    from; empty: fresh towers of `towers`."""
     towers: TowerConfig = field(default_factory=TowerConfig)
     """Sizes of the towers; read from the checkpoint where `backbone` names one."""
     words: int = 24

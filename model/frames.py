@@ -100,11 +100,15 @@ def from_jpegs(jpegs: Sequence[bytes]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
 
 
-def normalise(video: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-defined]
-    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std of CLIP."""
+def normalise(
+    video: "torch.Tensor",  # type: ignore[name-defined]
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> "torch.Tensor":  # type: ignore[name-defined]
+    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std, by default CLIP's."""
     import torch
 
-    mean = torch.tensor(CLIP_MEAN, device=video.device)
-    std = torch.tensor(CLIP_STD, device=video.device)
+    mean = torch.tensor(image_mean, device=video.device)
+    std = torch.tensor(image_std, device=video.device)
     # One multiply-add per pixel: x * (1 / (255 std)) - mean / std.
     return (video.float() * (1 / (255 * std)) - mean / std).movedim(-1, -3).contiguous()

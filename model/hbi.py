@@ -2,25 +2,25 @@
 
 from collections.abc import Iterator
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
-from hbi.model.backbones.clip import TextTower, VisionTower, clip_config
+from hbi.model.backbones.pretrained import fresh_backbone, towers_of
 from hbi.model.config import ModelConfig
 from hbi.model.frames import normalise
 from hbi.model.levels import LEVELS, TokenMerge
 from hbi.model.predictor import InteractionPredictor
 from hbi.model.similarity import pair_similarity, weighted_similarity
 from hbi.model.temporal import TemporalTransformer
-from hbi.model.tokens import Tokens, last_present, require_tokens
+from hbi.model.tokens import Tokens, require_tokens
 
 LARGEST_LOGIT_SCALE = 100.0
-BACKBONE = ("text.", "video.", "logit_scale")
-"""Where the names of CLIP's own parameters begin."""
+BACKBONE = ("text.", "video.", "logit_scale", "logit_bias")
+"""Where the names of the backbone's own parameters begin."""
 
 
 class Encoded(NamedTuple):
@@ -48,25 +48,28 @@ def token_weights(dim: int) -> nn.Sequential:
 
 
 class HBI(nn.Module):
-    """Hierarchical Banzhaf Interaction (Jin et al., CVPR 2023): CLIP towers, three levels of tokens for words and
-    frames, a weighted token-wise similarity at each, and the learned interaction of words and frames at each.
+    """Hierarchical Banzhaf Interaction (Jin et al., CVPR 2023): CLIP or SigLIP towers, three levels of tokens for
+    words and frames, a weighted token-wise similarity at each, and the learned interaction of words and frames at each.
 
-    Made with fresh weights and without a network; `hbi.model.weights.build_model` starts from a CLIP checkpoint.
+    Made with fresh weights and without a network; `hbi.model.weights.build_model` starts from a checkpoint.
     """
 
-    def __init__(self, config: ModelConfig, clip: CLIPModel | None = None) -> None:
-        """clip: the towers to take, of the sizes in `config.towers`; none: fresh ones."""
+    def __init__(self, config: ModelConfig, backbone: PreTrainedModel | None = None) -> None:
+        """backbone: the towers to take, of the sizes in `config.towers`; none: fresh ones."""
         super().__init__()
         self.config = config
         dim = config.towers.dim
-        if clip is None:
-            clip = CLIPModel(clip_config(config.towers))
+        if backbone is None:
+            backbone = fresh_backbone(config.towers)
+        pretrained: Any = backbone
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
         """Its logarithm."""
         with torch.no_grad():
-            self.logit_scale.copy_(clip.logit_scale)
-        self.text = TextTower(clip)
-        self.video = VisionTower(clip)
+            self.logit_scale.copy_(pretrained.logit_scale.squeeze())
+        bias = getattr(pretrained, "logit_bias", None)
+        self.logit_bias = None if bias is None else nn.Parameter(bias.detach().clone().squeeze(), False)
+        """SigLIP's, added to its logits before the sigmoid; CLIP has none. It learns where the loss has one."""
+        self.text, self.video = towers_of(pretrained, config.towers)
         self.temporal = TemporalTransformer(config, self.text) if config.temporal_layers else None
         self.text_weights = nn.ModuleDict({level: token_weights(dim) for level in LEVELS})
         self.video_weights = nn.ModuleDict({level: token_weights(dim) for level in LEVELS})
@@ -99,11 +102,12 @@ class HBI(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at 100 at most; to be called after each step of the optimiser."""
-        self.logit_scale.clamp_(max=log(LARGEST_LOGIT_SCALE))
+        """Keep CLIP's scale at 100 at most; to be called after each step of the optimiser. SigLIP's is free."""
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(max=log(LARGEST_LOGIT_SCALE))
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the towers that CLIP brings: those with the small learning rate."""
+        """Names and parameters of the towers that a backbone brings: those with the small learning rate."""
         return ((name, value) for name, value in self.named_parameters() if name.startswith(BACKBONE))
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,8 +119,8 @@ class HBI(nn.Module):
     ) -> tuple[Float[Tensor, "batch words dim"], Float[Tensor, "batch dim"]]:
         """Words and sentence of each text; ValueError for a text without a token."""
         mask = require_tokens(text_mask, "text")
-        words = self.text(input_ids, mask).float()
-        return words, last_present(words, mask)
+        words, sentence = self.text(input_ids, mask)
+        return words.float(), sentence.float()
 
     def encode_video(
         self,
@@ -126,7 +130,9 @@ class HBI(nn.Module):
         """Frames of each video. video: float [batch, frames, 3, height, width], normalised, or uint8
         [batch, frames, height, width, 3], normalised here; ValueError for a video without a frame."""
         mask = require_tokens(video_mask, "video")
-        images = normalise(video) if video.dtype == torch.uint8 else video
+        towers = self.config.towers
+        raw = video.dtype == torch.uint8
+        images = normalise(video, towers.image_mean, towers.image_std) if raw else video
         frames = self.video(images.flatten(0, 1)).float().unflatten(0, mask.shape)
         return frames if self.temporal is None else self.temporal(frames, mask).float()
 
