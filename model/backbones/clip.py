@@ -1,5 +1,7 @@
 """CLIP's two towers: every word and every frame as one token in the joint space."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -115,7 +117,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
         """Images are normalised, of the tower's own size; ValueError for another."""
-        require_size(images, self.embeddings.image_size)
+        size: Any = self.embeddings.image_size
+        require_size(images, size)
         hidden = self.norm_before(self.embeddings(images))
         hidden = run_layers(self.layers, hidden, None, self.checkpointing)
         return self.projection(self.norm(hidden[:, 0]))

@@ -130,7 +130,9 @@ def _pad_id(name: str, text: Any) -> int:
         found: Any = load_tokenizer(name).pad_token_id
     except (OSError, ValueError):
         found = None
-    return int(found if found is not None else text.pad_token_id or 0)
+    if found is None:
+        found = text.pad_token_id or 0
+    return int(found)
 
 
 def _first_line(error: Exception) -> str:
