@@ -20,6 +20,31 @@ def _positive(owner: object, names: str) -> None:
 
 
 @dataclass(frozen=True)
+class FrameSettings:
+    """How a clip becomes a few square frames."""
+
+    num_frames: int = 12
+    """Most frames of a clip. A clip that has fewer gives fewer, never copies."""
+    size: int = 224
+    """Height and width of a frame in pixels."""
+    sampling: Literal["uniform", "fps", "segments"] = "uniform"
+    """`uniform`: evenly from the first frame to the last; `segments`: the centres of `num_frames` equal segments;
+    `fps`: the frame shown at each tick of `fps`, thinned evenly where that gives more than `num_frames`."""
+    fps: float = 1.0
+    """Frames per second of sampling `fps`."""
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise ValueError(f"frames: num_frames is {self.num_frames}, must be at least 1")
+        if not 1 <= self.size <= 4096:
+            raise ValueError(f"frames: size is {self.size}, must lie between 1 and 4096 pixels")
+        if self.sampling not in ("uniform", "fps", "segments"):
+            raise ValueError(f"frames: sampling is {self.sampling!r}, must be uniform, fps or segments")
+        if not 0 < self.fps < float("inf"):
+            raise ValueError(f"frames: fps is {self.fps}, must be above 0")
+
+
+@dataclass(frozen=True)
 class TowerConfig:
     """Sizes of the two towers; the defaults are a small CLIP-shaped pair that trains on a CPU."""
 

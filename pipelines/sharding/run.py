@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from hbi.infra import storage
 from hbi.infra.ray_runtime import ray_running
-from hbi.pipelines.sharding import dedup as repeats
-from hbi.pipelines.sharding import records
-from hbi.pipelines.sharding.plan import FOLDER, Plan, Unit, plan
+from hbi.pipelines.sharding import dedup, records
+from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, plan
 from hbi.pipelines.sharding.records import unfinished
 from hbi.pipelines.sharding.report import Page
-from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError, ShardSettings
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError
 from hbi.pipelines.sharding.summary import Summary
-from hbi.pipelines.sharding.workers import Done, make_shards, thin_shards
+from hbi.pipelines.sharding.workers import ShardResult, drop_duplicates, make_shards
 
 
 def shard(
@@ -38,9 +38,9 @@ def shard(
         clock = time.monotonic()
         planned = _plan(manifest, out, settings)
         missing = []
-        for unit, record in unfinished(out, planned.units):
+        for shard_plan, record in unfinished(out, planned.shards):
             if record is None:
-                missing.append(unit)
+                missing.append(shard_plan)
             else:
                 summary.kept += record.rows
         summary.plan_seconds = time.monotonic() - clock
@@ -68,28 +68,32 @@ def _plan(manifest: str, out: str, settings: ShardSettings) -> Plan:
         return plan(manifest, out, settings.identity(), settings.samples_per_shard, progress)
 
 
-def _make(out: str, planned: Plan, missing: list[Unit], settings: ShardSettings, summary: Summary) -> None:
+def _make(
+    out: str, planned: Plan, missing: list[ShardPlan], settings: ShardSettings, summary: Summary
+) -> None:
     """Makes the missing shards, in two passes where clips are compared with each other."""
-    if not settings.compares:
+    if not settings.filters.compares:
         _follow("shard", missing, make_shards(out, missing, settings, out), summary)
         return
-    first = storage.join(out, repeats.FIRST)
-    wanted = {unit.name for unit in missing}
-    others = [unit for unit in planned.units if unit.name not in wanted]
-    # Of the others only the prints are needed, which lie in their records.
+    first = storage.join(out, dedup.FIRST)
+    wanted = {shard_plan.name for shard_plan in missing}
+    others = [shard_plan for shard_plan in planned.shards if shard_plan.name not in wanted]
+    # Of the others only the fingerprints are needed, which lie in their records.
     there = [*unfinished(first, missing), *unfinished(first, others, tars=False)]
-    lacking = [unit for unit, record in there if record is None]
+    lacking = [shard_plan for shard_plan, record in there if record is None]
     _follow("shard", lacking, make_shards(out, lacking, settings, first), summary)
-    found = repeats.repeats_of(out, planned, settings.filters)
-    _follow("compare", missing, thin_shards(out, missing, found), summary)
-    repeats.forget_tars(out, planned)
+    found = dedup.find_duplicates(out, planned, settings.filters)
+    _follow("compare", missing, drop_duplicates(out, missing, found), summary)
+    dedup.delete_first_pass(out, planned)
 
 
-def _follow(what: str, units: list[Unit], tasks: Iterator[Done], summary: Summary) -> None:
+def _follow(what: str, shard_plans: list[ShardPlan], tasks: Iterator[ShardResult], summary: Summary) -> None:
     """Shows the progress of tasks: clips, clips per second, time left."""
     begin, failures = time.time(), 0
     slow = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=sum(unit.rows for unit in units), unit="clip", desc=what, mininterval=slow) as bar:
+    with tqdm(
+        total=sum(shard_plan.rows for shard_plan in shard_plans), unit="clip", desc=what, mininterval=slow
+    ) as bar:
         for done in tasks:
             if not done.rows:  # by the worker's own clock, which may be another machine's
                 summary.start_seconds += min(max(0.0, done.time - begin), time.time() - begin)
@@ -138,5 +142,5 @@ def _alone(out: str) -> Iterator[None]:
 
 def _sweep(out: str) -> None:
     """Removes unfinished files."""
-    for folder in (out, storage.join(out, repeats.FIRST)):
-        shutil.rmtree(storage.join(folder, records.SPOOL), ignore_errors=True)
+    for folder in (out, storage.join(out, dedup.FIRST)):
+        shutil.rmtree(storage.join(folder, records.STAGING), ignore_errors=True)

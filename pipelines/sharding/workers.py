@@ -11,10 +11,11 @@ from typing import Any
 from hbi.infra.ray_runtime import dataset_of
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.sharding import shards
-from hbi.pipelines.sharding.dedup import thin_shard
-from hbi.pipelines.sharding.plan import Unit
-from hbi.pipelines.sharding.records import Record
-from hbi.pipelines.sharding.shards import ShardError, ShardSettings
+from hbi.pipelines.sharding.dedup import without_duplicates
+from hbi.pipelines.sharding.plan import ShardPlan
+from hbi.pipelines.sharding.records import ShardManifest
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardError
 
 WAVE, WAVE_PER_CPU = 2000, 100
 """Shards given to Ray Data at once, at least and for each CPU: what the driver holds does not grow with the corpus."""
@@ -25,7 +26,7 @@ WAITING = 2
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardResult:
     """What a worker says of its shard. One, of no rows, says that the first worker is up."""
 
     rows: int
@@ -37,7 +38,7 @@ class Done:
 
 
 class ShardMaker:
-    """A worker with a decoder of its own: makes the shard of each unit that it gets."""
+    """A worker with a decoder of its own: makes the shard of each plan that it gets."""
 
     def __init__(self, out: str, settings: ShardSettings, folder: str) -> None:
         self.out, self.settings, self.folder = out, settings, folder
@@ -47,50 +48,57 @@ class ShardMaker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return _answer(
-            row, lambda unit: shards.make_shard(self.out, unit, self.settings, self.decoder, self.folder)
+            row,
+            lambda shard_plan: shards.make_shard(
+                self.out, shard_plan, self.settings, self.decoder, self.folder
+            ),
         )
 
 
-class ShardThinner:
-    """A worker that copies the shard of each unit that it gets, without the rows that repeat earlier ones."""
+class DuplicateDropper:
+    """A worker that copies the shard of each plan that it gets, without the rows that repeat earlier ones."""
 
-    def __init__(self, out: str, repeats: Any) -> None:
+    def __init__(self, out: str, duplicates: Any) -> None:
         import ray
 
         self.out = out
-        self.repeats: dict[int, str] = ray.get(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        self.duplicates: dict[int, str] = ray.get(duplicates)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return _answer(row, lambda unit: thin_shard(self.out, unit, self.repeats))
+        return _answer(row, lambda shard_plan: without_duplicates(self.out, shard_plan, self.duplicates))
 
 
-def make_shards(out: str, units: list[Unit], settings: ShardSettings, folder: str) -> Iterator[Done]:
-    """Makes the shards of `units`, planned in `out`, in `folder`; yields as they finish."""
-    return _spread(ShardMaker, (out, settings, folder), units)
+def make_shards(
+    out: str, shard_plans: list[ShardPlan], settings: ShardSettings, folder: str
+) -> Iterator[ShardResult]:
+    """Makes the shards of `shard_plans`, planned in `out`, in `folder`; yields as they finish."""
+    return _spread(ShardMaker, (out, settings, folder), shard_plans)
 
 
-def thin_shards(out: str, units: list[Unit], repeats: dict[int, str]) -> Iterator[Done]:
+def drop_duplicates(
+    out: str, shard_plans: list[ShardPlan], duplicates: dict[int, str]
+) -> Iterator[ShardResult]:
     """Copies shards of the first pass to `out`, without the rows of `repeats`; yields as they finish."""
     import ray
 
-    return _spread(ShardThinner, (out, ray.put(repeats)), units)
+    return _spread(DuplicateDropper, (out, ray.put(duplicates)), shard_plans)
 
 
-def _spread(worker: type, arguments: tuple[Any, ...], units: list[Unit]) -> Iterator[Done]:
-    """The units to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop."""
+def _spread(worker: type, arguments: tuple[Any, ...], shard_plans: list[ShardPlan]) -> Iterator[ShardResult]:
+    """The plans to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop."""
     import ray
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     wave = max(WAVE, WAVE_PER_CPU * cpus)
-    for start in range(0, len(units), wave):
-        given = [json.dumps(astuple(unit)) for unit in units[start : start + wave]]
+    for start in range(0, len(shard_plans), wave):
+        given = [json.dumps(astuple(shard_plan)) for shard_plan in shard_plans[start : start + wave]]
         # One more, of nothing: the answer to it says that a worker is up.
-        rows = [{"unit": unit} for unit in ["", *given]]
+        rows = [{"plan": shard_plan} for shard_plan in ["", *given]]
         for row in _each(worker, arguments, min(cpus, len(given)), rows):
             if row["error"]:
                 raise ShardError(row["error"])
             if row["rows"] or not start:
-                yield Done(row["rows"], row["failures"], row["time"])
+                yield ShardResult(row["rows"], row["failures"], row["time"])
 
 
 def _each(
@@ -125,12 +133,12 @@ def _each(
         raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
 
 
-def _answer(row: dict[str, Any], work: Callable[[Unit], Record]) -> dict[str, Any]:
+def _answer(row: dict[str, Any], work: Callable[[ShardPlan], ShardManifest]) -> dict[str, Any]:
     """What a worker says. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
     record, error = None, ""
-    if row["unit"]:
+    if row["plan"]:
         try:
-            record = work(Unit(*json.loads(row["unit"])))
+            record = work(ShardPlan(*json.loads(row["plan"])))
         except ShardError as stop:
             error = str(stop)
     rows, failures = (record.rows, len(record.failures)) if record is not None else (0, 0)
