@@ -19,6 +19,11 @@ def _positive(owner: object, names: str) -> None:
             raise ValueError(f"{type(owner).__name__}.{name} is {value}, must be at least 1")
 
 
+def _share(owner: object, name: str) -> None:
+    if not 0 <= (value := getattr(owner, name)) < 1:
+        raise ValueError(f"{type(owner).__name__}.{name} is {value}, must be at least 0 and below 1")
+
+
 @dataclass(frozen=True)
 class FrameSettings:
     """How a clip becomes a few square frames."""
@@ -124,6 +129,77 @@ class TowerConfig:
 
 
 @dataclass(frozen=True)
+class ReconstructionConfig:
+    """How the words and frames of a matched pair are rebuilt with each other's help before they play their game."""
+
+    form: Literal["none", "attention", "gated", "similarity"] = "none"
+    """`none`: they play as they are. `attention`: plus what they attend to on the other side, nothing at the start.
+    `gated`: a learned share of that in place of themselves. `similarity`: a fixed share, without parameters."""
+    share: float = 0.5
+    """Cross-modal share of form `similarity`; 0 is `none`."""
+    temperature: float = 0.1
+    """Of the cosines of form `similarity` before their softmax."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("none", "attention", "gated", "similarity"):
+            raise ValueError(
+                f"ReconstructionConfig.form is {self.form!r}, must be none, attention, gated or similarity"
+            )
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"ReconstructionConfig.share is {self.share}, must lie between 0 and 1")
+        if not self.temperature > 0:
+            raise ValueError(f"ReconstructionConfig.temperature is {self.temperature}, must be above 0")
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """The head that answers questions about a video."""
+
+    head: Literal["none", "published", "open"] = "none"
+    """`published`: a classifier a level over a fixed list of answers. `open`: one hidden layer, answers scored against
+    their text embeddings, so that others than those of the list can be asked for."""
+    vocabulary: int = 1500
+    """Most answers of the list, the commonest of the training split; a trained model says how many it has."""
+    dropout: float = 0.1
+    """Of the pooled pair, in training."""
+
+    def __post_init__(self) -> None:
+        if self.head not in ("none", "published", "open"):
+            raise ValueError(f"AnswerConfig.head is {self.head!r}, must be none, published or open")
+        _positive(self, "vocabulary")
+        _share(self, "dropout")
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """The head that writes captions: a causal decoder over the tokens of a video."""
+
+    layers: int = 0
+    """Blocks; 0: the model writes no captions."""
+    width: int = 0
+    """Width of the blocks; 0: that of the text tower."""
+    heads: int = 0
+    """Attention heads; 0: one for each 64 of the width, at least one."""
+    words: int = 24
+    """Tokens of the longest caption, start and end included."""
+    dropout: float = 0.1
+    """In the blocks, in training."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ValueError(f"CaptionConfig.layers is {self.layers}, must be at least 0")
+        if self.words < 3:
+            raise ValueError(f"CaptionConfig.words is {self.words}, must be at least 3: start, a word, end")
+        if self.width < 0 or self.heads < 0:
+            raise ValueError(
+                f"CaptionConfig.width and heads are {self.width} and {self.heads}, must be at least 0"
+            )
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"CaptionConfig.heads is {self.heads}, must divide width ({self.width})")
+        _share(self, "dropout")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that says which arrays an HBI model has and what it computes with them."""
 
@@ -144,6 +220,12 @@ class ModelConfig:
     """Frames kept by each of the two merges."""
     predictor_width: int = 64
     """Channels of the learned interaction predictors."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Whether the players of the game are rebuilt with the other side's help."""
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    """The head for questions."""
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    """The head for captions."""
     estimator: bool = False
     """Whether a frozen estimator of the published method is part of the model (`load_published` brings it)."""
     freeze_patches: bool = False
@@ -182,9 +264,17 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; an unknown field is an error, a missing one takes its default."""
-        values = dict(values)
-        towers = TowerConfig(**_known(TowerConfig, values.pop("towers", {})))
-        return cls(towers=towers, **_known(cls, values))
+        parts = {
+            "towers": TowerConfig,
+            "reconstruction": ReconstructionConfig,
+            "answers": AnswerConfig,
+            "captions": CaptionConfig,
+        }
+        built = {
+            name: kind(**_known(kind, values[name])) if name in values else kind()
+            for name, kind in parts.items()
+        }
+        return cls(**{**_known(cls, values), **built})
 
 
 @dataclass(frozen=True)
@@ -217,3 +307,20 @@ class LossSettings:
                 raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
         if not self.target_scale > 0:
             raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How a caption is written."""
+
+    beam: int = 4
+    """Captions that are tried side by side; 1: the likeliest word, again and again."""
+    length_power: float = 0.7
+    """The sum of log probabilities is divided by the length to this power: 0 favours short captions, 1 long ones."""
+    words: int = 22
+    """Most tokens of a caption, its end included; a model with fewer positions writes fewer."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "beam words")
+        if not 0 <= self.length_power <= 2:
+            raise ValueError(f"DecodeSettings.length_power is {self.length_power}, must lie between 0 and 2")

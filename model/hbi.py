@@ -1,20 +1,25 @@
 """The assembled model: texts and videos to tokens at three levels, and the similarities between them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import log
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hbi.model.backbones.pretrained import fresh_backbone, towers_of
-from hbi.model.config import ModelConfig
+from hbi.model.config import DecodeSettings, ModelConfig
 from hbi.model.frames import normalise
+from hbi.model.heads.beam import Marks, write
+from hbi.model.heads.caption import CachedDecoder, CaptionDecoder
+from hbi.model.heads.qa import OpenAnswerHead, PublishedAnswerHead, combined
 from hbi.model.levels import LEVELS, TokenMerge
 from hbi.model.predictor import InteractionPredictor
-from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.reconstruct import Reconstruction
+from hbi.model.similarity import matched_similarity, pair_similarity, weighted_similarity
 from hbi.model.temporal import TemporalTransformer
 from hbi.model.tokens import Tokens, require_tokens
 
@@ -36,6 +41,20 @@ class Encoded(NamedTuple):
     """What similarities are multiplied by before a softmax (already exp'd)."""
     estimated: dict[str, Float[Tensor, "batch words frames"]]
     """The frozen estimator's interaction of each pair, where the model has one; else empty."""
+    players: dict[str, Float[Tensor, "batch words frames"]] = {}  # noqa: RUF012 (nobody writes to it)
+    """The similarities of the rebuilt words and frames that play each pair's game, where the model reconstructs, with
+    no gradient; else empty: the tokens play as they are."""
+
+
+class HeadInputs(NamedTuple):
+    """What a head needs beside texts and videos, in training."""
+
+    task: Literal["qa", "caption"]
+    """Which head."""
+    video_of_text: Int[Tensor, "texts"]
+    """The row of the video that each text belongs to: several texts may share one, which is encoded once."""
+    candidates: tuple[Int[Tensor, "answers words"], Bool[Tensor, "answers words"]] | None = None
+    """Ids and mask of the answers that are scored, for head `open`."""
 
 
 def token_weights(dim: int) -> nn.Sequential:
@@ -85,6 +104,20 @@ class HBI(nn.Module):
         self.estimator = InteractionPredictor(config.predictor_width) if config.estimator else None
         if self.estimator is not None:
             self.estimator.requires_grad_(False)
+        # Last, so that the rest begins with the same random numbers whatever is added to it.
+        self.reconstruction = self.answerer = self.captioner = None
+        if config.reconstruction.form != "none":
+            self.reconstruction = nn.ModuleDict(
+                {level: Reconstruction(config.reconstruction, dim, config.head_width) for level in LEVELS}
+            )
+        if config.answers.head == "published":
+            self.answerer = PublishedAnswerHead(dim, config.answers.vocabulary, config.answers.dropout)
+        elif config.answers.head == "open":
+            self.answerer = OpenAnswerHead(dim, config.answers.dropout)
+        if config.captions.layers:
+            self.captioner = CaptionDecoder(config)
+        self.vocabulary: tuple[str, ...] = ()
+        """The answers that the head for questions was trained on, in the order of its classifiers."""
         if config.freeze_patches:
             self.video.embeddings.patch_embedding.requires_grad_(False)
         self.set_checkpointing(config.checkpointing)
@@ -190,19 +223,126 @@ class HBI(nn.Module):
             result[level] = predictor(pair_similarity(words, frames), *masks).float()
         return result
 
+    def reconstruct(
+        self, text: dict[str, Tokens], video: dict[str, Tokens]
+    ) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
+        """The players of each pair's game: the pair's tokens, rebuilt where the model reconstructs. Row by row."""
+        if self.reconstruction is None:
+            return text, video
+        pairs = {level: rebuild(text[level], video[level]) for level, rebuild in self.reconstruction.items()}
+        return {level: pair[0] for level, pair in pairs.items()}, {
+            level: pair[1] for level, pair in pairs.items()
+        }
+
+    def rerank(self, text: Tokens, video: Tokens, level: str = "entity") -> Float[Tensor, "batch"]:
+        """The similarity of each text with the video of its own row, of tokens rebuilt with each other's help.
+
+        For the few candidates that a search found: a text that is asked about many videos is repeated.
+        """
+        if self.reconstruction is not None:
+            text, video = self.reconstruction[level](text, video)
+        return matched_similarity(text, video, padding="zero" if self._published else "absent")
+
+    def answer_levels(
+        self,
+        input_ids: Int[Tensor, "questions words"],
+        text_mask: Shaped[Tensor, "questions words"],
+        video: dict[str, Tokens],
+        candidates: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Float[Tensor, "questions answers"]]:
+        """Logits of the answers at each level; video: `video_levels` of each question's own video."""
+        words, sentence = self.encode_text(input_ids, text_mask)
+        text = self.text_levels(words, text_mask)
+        if isinstance(self.answerer, PublishedAnswerHead):
+            if candidates is not None:
+                raise ValueError(
+                    f"answers: this model classifies into its own {self.config.answers.vocabulary} answers; a list "
+                    "of others needs a model trained with --set.model.answers.head open"
+                )
+            return self.answerer(text, video, self._published)
+        if not isinstance(self.answerer, OpenAnswerHead):
+            raise ValueError("this model answers no questions: train one with --set.task qa")
+        if candidates is None:
+            raise ValueError("answers: the open head scores the answers that it is given: give candidates")
+        with torch.no_grad():  # the towers learn from questions, and answers lie where sentences do
+            _, answers = self.encode_text(*candidates)
+        _, rebuilt = self.reconstruct(text, video)
+        return self.answerer(sentence, rebuilt, answers)
+
+    def answer_logits(
+        self,
+        input_ids: Int[Tensor, "questions words"],
+        text_mask: Shaped[Tensor, "questions words"],
+        frames: Float[Tensor, "questions frames dim"],
+        video_mask: Shaped[Tensor, "questions frames"],
+        candidates: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "questions answers"]:
+        """How well each answer fits question i about video i; see `hbi.model.heads`.
+
+        frames: of `encode_video`. ValueError where the model has no head for questions, or not one for candidates.
+        """
+        levels = self.video_levels(frames, video_mask)
+        return combined(self.answer_levels(input_ids, text_mask, levels, candidates))
+
+    def caption_logits(
+        self, input_ids: Int[Tensor, "captions words"], video: dict[str, Tokens]
+    ) -> Float[Tensor, "captions words vocabulary"]:
+        """Logits of the word after each word of a caption; video: `video_levels` of each caption's own video."""
+        decoder = self._decoder()
+        return decoder(input_ids, decoder.memory(video), self.text.embeddings.token_embedding.weight)
+
+    def write_captions(
+        self,
+        frames: Float[Tensor, "videos frames dim"],
+        video_mask: Shaped[Tensor, "videos frames"],
+        marks: Marks,
+        settings: DecodeSettings,
+    ) -> list[list[int]]:
+        """A caption for each video as token ids, without start and end; see `hbi.model.heads`.
+
+        frames: of `encode_video`. ValueError where the model writes no captions.
+        """
+        decoder = self._decoder()
+        memory = decoder.memory(self.video_levels(frames, video_mask))
+        writer = CachedDecoder(decoder, memory, self.text.embeddings.token_embedding.weight)
+        settings = replace(settings, words=min(settings.words, decoder.words - 1))
+        return write(writer, len(frames), marks, settings, frames.device).ids
+
+    def _decoder(self) -> CaptionDecoder:
+        if self.captioner is None:
+            raise ValueError("this model writes no captions: train one with --set.task caption")
+        return self.captioner
+
     def forward(
         self,
-        input_ids: Int[Tensor, "batch words"],
-        text_mask: Shaped[Tensor, "batch words"],
-        video: Shaped[Tensor, "batch frames a b c"],
-        video_mask: Shaped[Tensor, "batch frames"],
-    ) -> Encoded:
-        """A batch of matched pairs to what the losses need; a batch of no pairs is one too."""
-        text = self.text_levels(self.encode_text(input_ids, text_mask)[0], text_mask)
+        input_ids: Int[Tensor, "texts words"],
+        text_mask: Shaped[Tensor, "texts words"],
+        video: Shaped[Tensor, "videos frames a b c"],
+        video_mask: Shaped[Tensor, "videos frames"],
+        head: HeadInputs | None = None,
+    ) -> Encoded | dict[str, Tensor]:
+        """A training step's batch to what its loss needs; a batch of nothing is one too.
+
+        head None: matched pairs, for `hbi_loss`. Else logits: of the answers at each level, or "caption".
+        """
         clips = self.video_levels(self.encode_video(video, video_mask), video_mask)
-        predicted = self.interactions(dict(self.predictors.items()), text, clips)  # type: ignore[arg-type]
-        estimated = {}
-        if self.estimator is not None:
-            with torch.no_grad():
-                estimated = self.interactions(dict.fromkeys(LEVELS, self.estimator), text, clips)
-        return Encoded(text, clips, predicted, self.logit_scale.exp(), estimated)
+        if head is None:
+            return self._encode_pairs(input_ids, text_mask, clips)
+        own = {
+            level: Tokens(*(part[head.video_of_text] for part in tokens)) for level, tokens in clips.items()
+        }
+        if head.task == "qa":
+            return self.answer_levels(input_ids, text_mask, own, head.candidates)
+        return {"caption": self.caption_logits(input_ids, own)}
+
+    def _encode_pairs(self, input_ids: Tensor, text_mask: Tensor, clips: dict[str, Tokens]) -> Encoded:
+        text = self.text_levels(self.encode_text(input_ids, text_mask)[0], text_mask)
+        words, frames = self.reconstruct(text, clips)
+        predicted = self.interactions(dict(self.predictors.items()), words, frames)  # type: ignore[arg-type]
+        estimated, players = {}, {}
+        with torch.no_grad():
+            if self.estimator is not None:
+                estimated = self.interactions(dict.fromkeys(LEVELS, self.estimator), words, frames)
+            if self.reconstruction is not None:
+                players = {level: pair_similarity(words[level], frames[level]) for level in LEVELS}
+        return Encoded(text, clips, predicted, self.logit_scale.exp(), estimated, players)

@@ -18,6 +18,8 @@ __all__ = ["build_model", "load_estimator", "load_model", "load_published", "sav
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ANSWERS = "answers.json"
+"""The list of answers, where the model has a head for questions."""
 DIGEST = "digest"
 FORMAT = 1
 
@@ -35,13 +37,16 @@ def build_model(config: ModelConfig) -> HBI:
 
 
 def save_model(model: HBI, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write `model.safetensors`, the tokenizer's files and, last, `config.json` with everything's sha256."""
+    """Write weights, answers, the tokenizer's files and, last, `config.json` with everything's sha256."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # an interrupted save must not look whole
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     files = [WEIGHTS]
+    if model.vocabulary:
+        (folder / ANSWERS).write_text(json.dumps(list(model.vocabulary), ensure_ascii=False, indent=1) + "\n")
+        files.append(ANSWERS)
     if tokenizer is not None:
         files += sorted(
             Path(path).name for path in tokenizer.save_pretrained(str(folder)) if Path(path).exists()
@@ -77,6 +82,8 @@ def load_model(folder: str | Path, **settings: Any) -> HBI:
             raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
     model = HBI(replace(config, **settings))
     load_strictly(model, load(contents[WEIGHTS]), str(folder / WEIGHTS))
+    if ANSWERS in contents:
+        model.vocabulary = tuple(json.loads(contents[ANSWERS]))
     return model.eval()
 
 
