@@ -83,9 +83,9 @@ def plan(
 
 def read_rows(out: str, shard_plan: ShardPlan) -> list[tuple[str, Row]]:
     """The rows of a planned shard with their keys."""
-    with storage.open_file(storage.join(out, FOLDER, shard_plan.part)) as stream:
-        stream.seek(shard_plan.offset)
-        planned = [json.loads(line) for line in stream.read(shard_plan.bytes).splitlines()]
+    place = storage.join(out, FOLDER, shard_plan.part)
+    lines = storage.read_range(place, shard_plan.offset, shard_plan.bytes).splitlines()
+    planned = [json.loads(line) for line in lines]
     return [(row.pop("key"), Row(**row)) for row in planned]
 
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +10,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hbi.infra import storage
-from hbi.infra.ray_runtime import ray_running
+from hbi.infra.nodes import on_every_node, require_shared
+from hbi.infra.ray_runtime import messages, ray_running
+from hbi.infra.scratch import sweep_scratch
 from hbi.pipelines.sharding import dedup, records
 from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, plan
+from hbi.pipelines.sharding.progress import Progress
 from hbi.pipelines.sharding.records import unfinished
 from hbi.pipelines.sharding.report import Page
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError
 from hbi.pipelines.sharding.summary import Summary
-from hbi.pipelines.sharding.workers import ShardResult, drop_duplicates, make_shards
+from hbi.pipelines.sharding.workers import drop_duplicates, make_shards
+
+END_SECONDS = 1.0
+"""How long a node's workers may take to end before what they leave is looked for."""
 
 
 def shard(
@@ -48,7 +53,11 @@ def shard(
             clock = time.monotonic()
             with ray_running():
                 summary.start_seconds = time.monotonic() - clock
-                _make(out, planned, missing, settings, summary)
+                require_shared({"MANIFEST": storage.parent(storage.absolute(manifest)), "OUT": out})
+                try:
+                    _make(out, planned, missing, settings, summary)
+                finally:
+                    on_every_node(sweep_scratch, END_SECONDS)
                 summary.work_seconds = time.monotonic() - clock - summary.start_seconds
         page = Page()
         for record in records.write_index(out, planned):
@@ -73,7 +82,7 @@ def _make(
 ) -> None:
     """Makes the missing shards, in two passes where clips are compared with each other."""
     if not settings.filters.compares:
-        _follow("shard", missing, make_shards(out, missing, settings, out), summary)
+        _make_all(out, missing, settings, out, summary)
         return
     first = storage.join(out, dedup.FIRST)
     wanted = {shard_plan.name for shard_plan in missing}
@@ -81,27 +90,19 @@ def _make(
     # Of the others only the fingerprints are needed, which lie in their records.
     there = [*unfinished(first, missing), *unfinished(first, others, tars=False)]
     lacking = [shard_plan for shard_plan, record in there if record is None]
-    _follow("shard", lacking, make_shards(out, lacking, settings, first), summary)
+    _make_all(out, lacking, settings, first, summary)
     found = dedup.find_duplicates(out, planned, settings.filters)
-    _follow("compare", missing, drop_duplicates(out, missing, found), summary)
+    with Progress("compare", missing, summary) as progress:
+        progress.follow(drop_duplicates(out, missing, found))
     dedup.delete_first_pass(out, planned)
 
 
-def _follow(what: str, shard_plans: list[ShardPlan], tasks: Iterator[ShardResult], summary: Summary) -> None:
-    """Shows the progress of tasks: clips, clips per second, time left."""
-    begin, failures = time.time(), 0
-    slow = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(
-        total=sum(shard_plan.rows for shard_plan in shard_plans), unit="clip", desc=what, mininterval=slow
-    ) as bar:
-        for done in tasks:
-            if not done.rows:  # by the worker's own clock, which may be another machine's
-                summary.start_seconds += min(max(0.0, done.time - begin), time.time() - begin)
-                bar.unpause()  # the speed is that of the work
-                continue
-            failures += done.failures
-            bar.set_postfix(failures=failures, refresh=False)
-            bar.update(done.rows)
+def _make_all(
+    out: str, shard_plans: list[ShardPlan], settings: ShardSettings, folder: str, summary: Summary
+) -> None:
+    """Makes shards in `folder`, with their progress to the clip."""
+    with Progress("shard", shard_plans, summary) as progress, messages(progress.hear) as tell:
+        progress.follow(make_shards(out, shard_plans, settings, folder, tell))
 
 
 @contextmanager

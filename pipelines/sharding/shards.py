@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -52,11 +52,16 @@ def decoder(settings: ShardSettings) -> Decoder:
 
 
 def make_shard(
-    out: str, shard_plan: ShardPlan, settings: ShardSettings, decoder: Decoder, folder: str | None = None
+    out: str,
+    shard_plan: ShardPlan,
+    settings: ShardSettings,
+    decoder: Decoder,
+    folder: str | None = None,
+    row_done: Callable[[], object] = lambda: None,
 ) -> ShardManifest:
     """Decodes a shard's clips into its tar, puts it in place and records it. ShardError where nothing can be done.
 
-    out: where the plan lies, and the shard will, unless `folder` says otherwise.
+    out: where the plan lies, and the shard will, unless `folder` says otherwise. row_done: called after each row.
     """
 
     def fill(stream: IO[bytes], staging: str) -> ShardManifest:
@@ -67,6 +72,7 @@ def make_shard(
         made = _ahead(_made(rows, staging, settings, decoder))
         with ShardWriter(stream) as writer, closing(made):
             for key, result, found in made:
+                row_done()
                 if isinstance(result, Failure):
                     failures.append(result)
                     continue
@@ -91,22 +97,29 @@ def commit(folder: str, name: str, fill: Callable[[IO[bytes], str], ShardManifes
     """`fill(stream, staging folder)` writes a tar, which is then put in place, and recorded at last."""
     with tempfile.TemporaryDirectory(prefix=name, dir=staging_folder(folder)) as staging:
         tar = Path(staging) / "shard.tar"
-        try:
+        with stopping(folder, name):
             with tar.open("wb") as stream:
                 record = fill(stream, staging)
             record = replace(record, shard=_describe(tar, record.shard))
             if record.shard.samples:
                 storage.put_file(str(tar), storage.join(folder, name), move=True)
             storage.write_bytes(record_path(folder, name), record.json())
-        except storage.StorageError as error:
-            raise ShardError(f"{error}. Run again to go on from here") from error
-        except OSError as error:
-            if error.errno in OUT_IS_FULL:
-                raise ShardError(
-                    f"no space left for {name} ({error.strerror}): free some and run again; finished shards stay"
-                ) from error
-            raise ShardError(f"{name} cannot be written to {folder}: {error}") from error
     return record
+
+
+@contextmanager
+def stopping(folder: str, name: str) -> Iterator[None]:
+    """Inside, what disk or storage refuse of a shard is a ShardError that says what to do."""
+    try:
+        yield
+    except storage.StorageError as error:
+        raise ShardError(f"{error}. Run again to go on from here") from error
+    except OSError as error:
+        if error.errno in OUT_IS_FULL:
+            raise ShardError(
+                f"no space left for {name} ({error.strerror}): free some and run again; finished shards stay"
+            ) from error
+        raise ShardError(f"{name} cannot be written to {folder}: {error}") from error
 
 
 class ShardWriter:
