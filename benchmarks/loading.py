@@ -24,13 +24,14 @@ from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import Checkpoints, Progress, State, write_checkpoint
-from hbi.training.data.loader import Loader, Position
+from hbi.training.data.loader import Loader
+from hbi.training.data.order import LoaderState
 from hbi.training.optim import make_optimizer
-from hbi.training.parallel import Place
+from hbi.training.parallel import Process
 from hbi.training.settings import DataSettings, OptimSettings, TrainConfig
-from hbi.training.throughput import Meter
+from hbi.training.throughput import Throughput
 
-HERE = Place(0, 1, torch.device("cpu"))
+HERE = Process(0, 1, torch.device("cpu"))
 
 
 def make_shards(folder: Path, clips: int, frames: int, size: int, per_shard: int = 64) -> ShardIndex:
@@ -72,9 +73,9 @@ def make_shards(folder: Path, clips: int, frames: int, size: int, per_shard: int
 def wait_share(index: ShardIndex, config: TrainConfig, step_seconds: float) -> dict[str, float]:
     """One epoch through the loader, after the first batch: what a step waits, and clips per second."""
     loader = Loader(index, config, HERE)
-    meter, waits, clips, first = Meter(0), [], 0, 0.0
+    meter, waits, clips, first = Throughput(0), [], 0, 0.0
     began = time.perf_counter()
-    for number, batch in enumerate(meter.waiting(loader.batches(Position()))):
+    for number, batch in enumerate(meter.waiting(loader.batches(LoaderState()))):
         if number == 0:
             first, began = meter.wait, time.perf_counter()
         else:

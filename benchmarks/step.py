@@ -26,7 +26,7 @@ from hbi.model.levels import LEVELS
 from hbi.model.losses import alignment_loss, contrastive_loss, distillation_loss
 from hbi.model.similarity import pair_similarity
 from hbi.model.tokens import Tokens
-from hbi.training.contrast import backward, contrast, surface, tensors_of
+from hbi.training.contrast import backward, contrast, detach_tokens, tensors_of
 from hbi.training.loop import has_bf16
 from hbi.training.optim import make_optimizer
 from hbi.training.parallel import clip_gradients
@@ -147,7 +147,7 @@ def prepare(
             return result
 
         encoded = timed("encode", lambda: encode(pair))
-        cut, leaves = surface(encoded)
+        cut, leaves = detach_tokens(encoded)
         losses = timed("loss", lambda: contrast(cut, settings))
         timed("loss, backward", losses["loss"].backward)
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]

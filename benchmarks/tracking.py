@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.report import report
-from hbi.infra.mlflow import registry
+from hbi.infra.mlflow import store
 from hbi.infra.mlflow.tracker import Tracker
 
 METRICS = {f"train/metric_{number}": 0.5 * number for number in range(10)}
@@ -43,11 +43,11 @@ def main(calls: int = 200, step_milliseconds: float = 5.0) -> None:
         size = _size_for(step_milliseconds / 1000)
         results["none"] = _measure(lambda step: None, calls, size)
         _show("none", results)
-        sqlite = registry.tracking_uri(str(folder / "local"))
+        sqlite = store.tracking_uri(str(folder / "local"))
         _loggers("sqlite", sqlite, folder, calls, size, results)
         with _server(folder / "server") as (uri, process):
             _loggers("http", uri, folder, calls, size, results)
-            tracker = Tracker(uri, "bench", "dead", folder / "spool")
+            tracker = Tracker(uri, "bench", "dead", folder / "outbox")
             _kill(process)
             results["http, server dead: Tracker.metrics"] = _measure(
                 lambda step: tracker.metrics(METRICS, step), calls, size
@@ -64,7 +64,7 @@ def _loggers(where: str, uri: str, folder: Path, calls: int, size: int, results:
     import mlflow
 
     mlflow.set_tracking_uri(uri)
-    experiment = registry.experiment_id(uri, "bench")
+    experiment = store.experiment_id(uri, "bench")
     with mlflow.start_run(experiment_id=experiment):
         ways: dict[str, Log] = {
             "mlflow.log_metrics": lambda step: mlflow.log_metrics(METRICS, step=step),
@@ -76,12 +76,12 @@ def _loggers(where: str, uri: str, folder: Path, calls: int, size: int, results:
             results[f"{where}: {name}"] = _measure(log, calls, size)
             _show(f"{where}: {name}", results)
         mlflow.flush_async_logging()
-    with Tracker(uri, "bench", "ours", folder / "spool") as tracker:
+    with Tracker(uri, "bench", "ours", folder / "outbox") as tracker:
         results[f"{where}: Tracker.metrics"] = _measure(
             lambda step: tracker.metrics(METRICS, step), calls, size
         )
     _show(f"{where}: Tracker.metrics", results)
-    held = registry.client(uri).get_metric_history(tracker.run_id, "train/metric_9")
+    held = store.client(uri).get_metric_history(tracker.run_id, "train/metric_9")
     assert len(held) == calls + 1, "the tracker lost a metric"
 
 
@@ -143,11 +143,11 @@ def _show(name: str, results: dict[str, Any]) -> None:
 @contextmanager
 def _server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A tracking server on loopback, without the seven processes that would run its jobs."""
-    store = registry.tracking_uri(str(folder))
+    backend = store.tracking_uri(str(folder))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--port", str(port)]
     command += ["--workers", "1", "--artifacts-destination", str(folder / "served")]
     process = subprocess.Popen(
         command,

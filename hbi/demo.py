@@ -132,20 +132,21 @@ def run(settings: DemoSettings) -> None:
 
 
 def _shard(demo: Demo) -> None:
+    from hbi.model.frames import FrameSettings
     from hbi.pipelines.sharding.run import shard
-    from hbi.pipelines.sharding.settings import ShardSettings
-    from hbi.training.settings import RUNS
+    from hbi.pipelines.sharding.shards import ShardSettings
+    from hbi.training.runs.table import RUNS
 
     model = RUNS["demo"].model
     with demo.stage("shard", "Ray Data decodes them into WebDataset tars") as result:
-        settings = ShardSettings(frames=model.frames, size=model.towers.image_size)
+        settings = ShardSettings(FrameSettings(model.frames, model.towers.image_size))
         made = shard(demo.path("corpus/manifest.jsonl"), demo.path("shards"), settings)
         print(made)
         result.update(rows=made.rows, samples=made.samples, failures=made.rows - made.samples)
 
 
 def _train(demo: Demo, tracking: str) -> None:
-    from hbi.training.settings import RUNS
+    from hbi.training.runs.table import RUNS
 
     with demo.stage("train", "Ray Train, two workers over gloo; MLflow tracks and registers") as result:
         config = replace(RUNS["demo"], seed=demo.settings["seed"])
@@ -154,7 +155,7 @@ def _train(demo: Demo, tracking: str) -> None:
 
 
 def _search(demo: Demo, tracking: str, port: int) -> None:
-    from hbi.infra.mlflow.registry import resolve_model
+    from hbi.infra.mlflow.resolve import resolve_model
     from hbi.serving.app import start
 
     with demo.stage("search", f"Ray Serve answers over HTTP with {MODEL}"):
@@ -181,7 +182,7 @@ def _captions(manifest: Path) -> dict[str, str]:
 
 def table(demo: Demo) -> str:
     """What came of it: clips, seconds, and retrieval on the test split beside chance."""
-    from hbi.training.evaluate.retrieval import table as retrieval
+    from hbi.training.evaluate.table import table as retrieval
 
     shard, metrics = demo.stages["shard"], demo.stages["train"]["metrics"]
     ratio = metrics["test/t2v/R@1"] * metrics["test/videos"] / 100

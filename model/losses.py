@@ -64,9 +64,7 @@ def interaction_targets(
         return {
             level: settings.target_scale
             * exact_interaction(
-                local.players[level]
-                if local.players
-                else pair_similarity(local.text[level], local.video[level]),
+                pair_similarity(local.text[level], local.video[level]),
                 local.text[level].logits,
                 local.video[level].logits,
                 local.text[level].mask,

@@ -25,6 +25,7 @@ ONLY_IN = {
         "pipelines/sharding/",
         "serving/",
         "training/run.py",
+        "training/worker.py",
         "training/checkpoint.py",
     ),
     "mlflow": ("infra/mlflow/", "serving/pyfunc.py"),

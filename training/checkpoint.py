@@ -21,9 +21,9 @@ from torch import Tensor
 from hbi.infra import storage
 from hbi.model.hbi import HBI
 from hbi.model.weights import WEIGHTS, save_model
-from hbi.training.data.loader import Position
-from hbi.training.optim import Average
-from hbi.training.parallel import Place, fill, plain, whole
+from hbi.training.data.order import LoaderState
+from hbi.training.optim import EMA
+from hbi.training.parallel import Process, copy_into, full_model, full_tensor
 from hbi.training.settings import TrainConfig, flatten
 
 STATE, TRAINING = "state.json", "training.safetensors"
@@ -35,14 +35,14 @@ class Progress:
 
     step: int = 0
     """Optimiser steps taken."""
-    position: Position = field(default_factory=Position)
+    position: LoaderState = field(default_factory=LoaderState)
     """Where it stands in the data."""
     metrics: dict[str, float] | None = None
     """What the latest evaluation gave."""
 
-    def stepped(self, world: int, batch: int) -> "Progress":
+    def stepped(self, world_size: int, batch: int) -> "Progress":
         """One step later; metrics belong to the step that they were measured at."""
-        return Progress(self.step + 1, self.position.advanced(world, batch))
+        return Progress(self.step + 1, self.position.advanced(world_size, batch))
 
     def next_epoch(self) -> "Progress":
         """After the last step of an epoch."""
@@ -56,8 +56,8 @@ class Progress:
     def from_dict(values: dict[str, Any]) -> "Progress":
         """The inverse of `to_dict`."""
         position = values["position"]
-        done = tuple((world, batch, steps) for world, batch, steps in position["done"])
-        return Progress(values["step"], Position(position["epoch"], done), values["metrics"])
+        done = tuple((world_size, batch, steps) for world_size, batch, steps in position["done"])
+        return Progress(values["step"], LoaderState(position["epoch"], done), values["metrics"])
 
 
 @dataclass
@@ -68,55 +68,55 @@ class State:
     """The model itself, inside whatever parallelism is around it."""
     optimizer: torch.optim.Optimizer
     """Its optimiser."""
-    average: Average | None
+    ema: EMA | None
     """The averaged weights, where they are kept: then they are the ones served."""
-    place: Place
-    """Where this process stands."""
+    process: Process
+    """This process among the ranks."""
 
     @contextmanager
     def served(self) -> Iterator[HBI]:
         """The model to evaluate and save: with averaged weights, if any; under FSDP2 a whole copy. Collective."""
-        if self.average is not None:
-            self.average.swap(self.model)
+        if self.ema is not None:
+            self.ema.swap(self.model)
         try:
-            yield plain(self.model)
+            yield full_model(self.model)
         finally:
-            if self.average is not None:
-                self.average.swap(self.model)
+            if self.ema is not None:
+                self.ema.swap(self.model)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Optimiser, random states, and the live weights where others are served. Collective."""
-        tensors = {f"random/{name}": states for name, states in _random_states(self.place).items()}
+        tensors = {f"random/{name}": states for name, states in _random_states(self.process).items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, held in self.optimizer.state.items():
             for key, tensor in held.items():
-                tensors[f"optimizer/{names[parameter]}/{key}"] = _kept(tensor, self.place)
-        if self.average is not None:
+                tensors[f"optimizer/{names[parameter]}/{key}"] = _kept(tensor, self.process)
+        if self.ema is not None:
             for name, parameter in self.model.named_parameters():
-                if name in self.average.weights:
-                    tensors[f"live/{name}"] = _kept(parameter, self.place)
+                if name in self.ema.weights:
+                    tensors[f"live/{name}"] = _kept(parameter, self.process)
         return tensors
 
     def restore(self, folder: Path) -> None:
         """Takes everything from a checkpoint folder, whatever the number of ranks that wrote it."""
         served, tensors = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
         for name, tensor in self.model.state_dict().items():
-            fill(tensor, tensors.get(f"live/{name}", served[name]))
-        if self.average is not None:
-            for name, tensor in self.average.weights.items():
-                fill(tensor, served[name])
+            copy_into(tensor, tensors.get(f"live/{name}", served[name]))
+        if self.ema is not None:
+            for name, tensor in self.ema.weights.items():
+                copy_into(tensor, served[name])
         for name, parameter in self.model.named_parameters():
             if f"optimizer/{name}/step" in tensors:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 held = {key: _like(parameter, tensors[f"optimizer/{name}/{key}"], key) for key in keys}
                 self.optimizer.state[parameter] = held
-        _set_random_states(tensors, self.place)
+        _set_random_states(tensors, self.process)
 
 
-def _kept(tensor: Tensor, place: Place) -> Tensor:
+def _kept(tensor: Tensor, process: Process) -> Tensor:
     """A whole tensor on the CPU, on the first rank; the others only take part in the gathering."""
-    full = whole(tensor.detach())
-    return full.cpu().contiguous() if place.first else torch.empty(0)
+    full = full_tensor(tensor.detach())
+    return full.cpu().contiguous() if process.first else torch.empty(0)
 
 
 def _like(parameter: Tensor, value: Tensor, key: str) -> Tensor:
@@ -124,19 +124,19 @@ def _like(parameter: Tensor, value: Tensor, key: str) -> Tensor:
     if key == "step":
         return value.to(parameter.device) if parameter.device.type == "cuda" else value
     target = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-    fill(target, value)
+    copy_into(target, value)
     return target
 
 
-def _random_states(place: Place) -> dict[str, Tensor]:
+def _random_states(process: Process) -> dict[str, Tensor]:
     """The generators of all ranks, a row each."""
     states = {"cpu": torch.get_rng_state()}
-    if place.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(place.device)
+    if process.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(process.device)
     for name, state in states.items():
-        if place.world > 1:
-            mine = state.to(place.device)
-            rows = [torch.empty_like(mine) for _ in range(place.world)]
+        if process.world_size > 1:
+            mine = state.to(process.device)
+            rows = [torch.empty_like(mine) for _ in range(process.world_size)]
             dist.all_gather(rows, mine)
             states[name] = torch.stack(rows).cpu()
         else:
@@ -144,14 +144,14 @@ def _random_states(place: Place) -> dict[str, Tensor]:
     return states
 
 
-def _set_random_states(tensors: dict[str, Tensor], place: Place) -> None:
+def _set_random_states(tensors: dict[str, Tensor], process: Process) -> None:
     """Ours, if there was a rank of our number; a new rank keeps the state that its seed gave it."""
     rows = tensors["random/cpu"]
-    if place.rank < len(rows):
+    if process.rank < len(rows):
         # A copy: torch reads a state from the start of its storage, wherever the view begins.
-        torch.set_rng_state(rows[place.rank].clone())
-        if place.device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"][place.rank].clone(), place.device)
+        torch.set_rng_state(rows[process.rank].clone())
+        if process.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"][process.rank].clone(), process.device)
 
 
 def write_checkpoint(
@@ -159,10 +159,10 @@ def write_checkpoint(
 ) -> None:
     """Fills a folder. Collective: every rank takes part, the first writes. data: the digest of the shards."""
     tensors = state.snapshot()
-    if state.place.first:  # before the average takes the live weights' place: on a CPU these are not copies
+    if state.process.first:  # before the average takes the live weights' place: on a CPU these are not copies
         save_file(tensors, folder / TRAINING)
     with state.served() as model:
-        if state.place.first:
+        if state.process.first:
             save_model(model, folder, tokenizer)
             about = {"progress": progress.to_dict(), "config": json.loads(config.to_json()), "data": data}
             (folder / STATE).write_text(json.dumps(about, indent=2))
@@ -174,12 +174,12 @@ def read_progress(folder: Path) -> Progress:
 
 
 def check_checkpoint(folder: Path, where: str, config: TrainConfig, data: str) -> None:
-    """Refuses a checkpoint of another model, of other data or of another data order, and says what differs."""
+    """ValueError for a checkpoint of another model, of other data or of another data order: it says what differs."""
     state = json.loads((folder / STATE).read_text())
-    theirs = flatten(state["config"])
-    ours = flatten(json.loads(config.to_json()))
+    theirs = flatten(asdict(TrainConfig.from_json(json.dumps(state["config"]))))
+    ours = flatten(asdict(config))
     computed = ("model.checkpointing",)
-    fixed = ("model.", "seed", "data.split", "data.window", "optim.ema")
+    fixed = ("model.", "seed", "data.split", "data.shuffle_window", "optim.ema")
     differing = [
         f"{name} {theirs.get(name)} there, {ours.get(name)} here"
         for name in sorted(theirs.keys() | ours.keys())
@@ -201,8 +201,8 @@ class Checkpoints:
     leaves a run that cannot be resumed, and a worker killed in mid-upload leaves a folder that nothing removes.)
     """
 
-    def __init__(self, folder: str, keep: int, metric: str, place: Place):
-        self.folder, self.keep, self.metric, self.place = folder, keep, metric, place
+    def __init__(self, folder: str, keep: int, metric: str, process: Process):
+        self.folder, self.keep, self.metric, self.process = folder, keep, metric, process
 
     def _all(self) -> list[str]:
         """Folders of whole checkpoints, by epoch and step (their names sort so)."""
@@ -233,13 +233,13 @@ class Checkpoints:
         """Keeps what `write` puts into a folder. Collective: every rank calls it, none goes on before it is kept."""
         with tempfile.TemporaryDirectory(prefix="hbi-checkpoint-") as part:
             write(Path(part))
-            if self.place.first:
+            if self.process.first:
                 name = f"epoch-{progress.position.epoch:05d}-step-{progress.step:08d}"
                 target = storage.join(self.folder, name)
                 self._remove(target)  # a process may have died while it wrote this
                 storage.put_files(Path(part).iterdir(), target, last=STATE, move=True)
                 self._prune()
-        self.place.wait()
+        self.process.barrier()
 
     def _prune(self) -> None:
         latest = self.latest()

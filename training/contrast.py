@@ -2,9 +2,9 @@
 
 Tokens are gathered with gradients. Each rank computes its own part of the loss, so no rank holds the whole pairwise
 tensor, and the parts sum to the loss of the global batch. In the backward pass each rank's tokens collect what all
-the parts say about them. DDP and FSDP average gradients over ranks, so each part counts `world` times: what the
+the parts say about them. DDP and FSDP average gradients over ranks, so each part counts `world_size` times: what the
 optimiser sees is exactly the gradient of one process that holds the global batch. (The published gather returned
-only the local slice of the gradient, so that its encoders learned at 1 / world of the rate.)
+only the local slice of the gradient, so that its encoders learned at 1 / world size of the rate.)
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from hbi.model.hbi import Encoded
 from hbi.model.losses import hbi_loss
 from hbi.model.tokens import Tokens
 
-Piece = TypeVar("Piece")
+MicroBatch = TypeVar("MicroBatch")
 
 
 class _Gather(torch.autograd.Function):
@@ -52,9 +52,9 @@ def gather_rows(
     rows: Float[Tensor, "batch width"], group: dist.ProcessGroup | None = None
 ) -> tuple[Float[Tensor, "global width"], int]:
     """The rows of all ranks, with gradients, and where ours begin. Ranks may hold different numbers of rows."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     ours = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(ours) for _ in range(world)]
+    counts = [torch.zeros_like(ours) for _ in range(world_size)]
     dist.all_gather(counts, ours, group=group)
     sizes = [int(count) for count in counts]
     if max(sizes) == 0:
@@ -66,7 +66,6 @@ def gather_rows(
 
 def gather(local: Encoded, group: dist.ProcessGroup | None = None) -> tuple[Encoded, int]:
     """The tokens and predictions of the global batch, and where the local rows begin: one collective for all."""
-    local = local._replace(players={})  # what each pair plays with concerns no other pair
     parts = _parts(local)
     wide = torch.cat([part.flatten(1).to(torch.float32) for part in parts], 1)
     rows, first = gather_rows(wide, group)
@@ -81,7 +80,7 @@ def gather(local: Encoded, group: dist.ProcessGroup | None = None) -> tuple[Enco
 def _parts(encoded: Encoded) -> list[Tensor]:
     """All per-clip tensors of `encoded`, in a fixed order."""
     sides = [part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens]
-    return [*sides, *encoded.predicted.values(), *encoded.estimated.values(), *encoded.players.values()]
+    return [*sides, *encoded.predicted.values(), *encoded.estimated.values()]
 
 
 def _assemble(like: Encoded, parts: list[Tensor]) -> Encoded:
@@ -92,13 +91,12 @@ def _assemble(like: Encoded, parts: list[Tensor]) -> Encoded:
         video={level: Tokens(next(rest), next(rest), next(rest)) for level in like.video},
         predicted={level: next(rest) for level in like.predicted},
         estimated={level: next(rest) for level in like.estimated},
-        players={level: next(rest) for level in like.players},
     )
 
 
-def join(pieces: list[Encoded]) -> Encoded:
-    """Pieces of a batch as one."""
-    return _assemble(pieces[0], [torch.cat(same) for same in zip(*map(_parts, pieces), strict=True)])
+def join(parts: list[Encoded]) -> Encoded:
+    """Micro-batches as one batch."""
+    return _assemble(parts[0], [torch.cat(same) for same in zip(*map(_parts, parts), strict=True)])
 
 
 def contrast(
@@ -108,30 +106,30 @@ def contrast(
 
     A global batch without a single clip has loss 0.
     """
-    pool, first, world = local, 0, 1
+    pool, first, world_size = local, 0, 1
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        (pool, first), world = gather(local, group), dist.get_world_size(group)
+        (pool, first), world_size = gather(local, group), dist.get_world_size(group)
     clips = len(_parts(pool)[0])
     if clips == 0:
         return {"loss": local.logit_scale * 0}
-    return {name: part * world for name, part in hbi_loss(local, pool, first, settings, clips).items()}
+    return {name: part * world_size for name, part in hbi_loss(local, pool, first, settings, clips).items()}
 
 
-def surface(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
+def detach_tokens(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
     """`encoded` in float32 and cut from its graph, with its differentiable tensors in the order of `tensors_of`.
 
-    It is the surface between the encoders and the loss: the loss's gradient stops at these tensors, and goes on into
-    the encoders from there, whole or piece by piece.
+    The loss's gradient stops at these tensors, and goes on into the encoders from there, whole or one micro-batch
+    after the other.
     """
     differentiable = {id(tensor) for tensor in tensors_of(encoded)}
     parts = [
         part.detach().float().requires_grad_() if id(part) in differentiable else part
         for part in _parts(encoded)
     ]
-    cut = _assemble(encoded, parts)._replace(
+    detached = _assemble(encoded, parts)._replace(
         logit_scale=encoded.logit_scale.detach().float().requires_grad_()
     )
-    return cut, tensors_of(cut)
+    return detached, tensors_of(detached)
 
 
 def tensors_of(encoded: Encoded) -> list[Tensor]:
@@ -143,30 +141,30 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
 
 
 def backward(
-    encode: Callable[[Piece], Encoded],
-    pieces: Sequence[Piece],
+    encode: Callable[[MicroBatch], Encoded],
+    micro_batches: Sequence[MicroBatch],
     settings: LossSettings,
     averaging: Callable[[bool], AbstractContextManager[None]] = lambda on: nullcontext(),
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The losses of the global batch, and its gradient added to that of the weights behind `encode`.
 
-    The rank's part of the batch comes in pieces. With one, the encoders keep their graph while the loss is computed
-    on their tokens. With more, tokens are made without a graph first, and each piece is encoded once more when the
+    The rank's part of the batch comes in micro-batches. With one, the encoders keep their graph while the loss is
+    computed on their tokens. With more, tokens are made without a graph first, and each is encoded once more when the
     loss's gradient at its tokens is known (GradCache, Gao et al. 2021): the same loss, the same gradient.
     averaging(on): a context in which backward passes average gradients over the ranks, or do not.
     """
-    with torch.set_grad_enabled(len(pieces) == 1):
-        encoded = [encode(piece) for piece in pieces]
-    cut, leaves = surface(join(encoded))
-    losses = contrast(cut, settings, group)
+    with torch.set_grad_enabled(len(micro_batches) == 1):
+        encoded = [encode(micro_batch) for micro_batch in micro_batches]
+    detached, leaves = detach_tokens(join(encoded))
+    losses = contrast(detached, settings, group)
     losses["loss"].backward()
     *gradients, of_scale = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    shares = zip(*(gradient.tensor_split(len(pieces)) for gradient in gradients), strict=True)
-    for number, (piece, share) in enumerate(zip(pieces, shares, strict=True), 1):
-        last = number == len(pieces)  # ranks average once, and the scale counts once
+    shares = zip(*(gradient.tensor_split(len(micro_batches)) for gradient in gradients), strict=True)
+    for number, (micro_batch, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
+        last = number == len(micro_batches)  # ranks average once, and the scale counts once
         with averaging(last):
-            tensors = tensors_of(encoded[0] if len(pieces) == 1 else encode(piece))
+            tensors = tensors_of(encoded[0] if len(micro_batches) == 1 else encode(micro_batch))
             into = zip(tensors, [*share, of_scale if last else of_scale * 0], strict=True)
             wanted = [
                 (tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad

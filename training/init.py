@@ -1,12 +1,12 @@
 """Models by name (a folder, the registry, a published checkpoint), and a run that begins from one."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hbi.infra import storage
-from hbi.infra.mlflow.registry import resolve_model
+from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer
@@ -14,7 +14,8 @@ from hbi.model.weights import CONFIG, load_model, load_published, read_config, s
 from hbi.training.checkpoint import fetched
 from hbi.training.settings import TrainConfig
 
-START = "start"
+INIT = "start"
+"""The folder of a run that holds the model it began from."""
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 PUBLISHED = (".bin", ".pt", ".pth", ".safetensors")
 """How the name of a published checkpoint in object storage ends; anything else there is a folder."""
@@ -22,27 +23,37 @@ CHOICES = ("checkpointing", "freeze_patches", "masking")
 """What a run decides of a model that it begins from: the fields that are no sizes."""
 
 
-def load_named(
-    model: str, tracking: str | None = None, tokenizer: str | None = None, **settings: Any
-) -> tuple[HBI, Any]:
-    """A model and its tokenizer; ValueError in one line.
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name, and what the name does not tell."""
 
-    model: a folder, models:/name@alias, or the file of a published checkpoint, local or s3://. The last has no
-    tokenizer: it is CLIP's own, by name, or from the folder `tokenizer`. settings: fields of `ModelConfig` that it does
-    not tell either; those that are None are left to the published defaults.
+    model: str
+    """A folder, models:/name@alias or models:/name/version, or the file of a published checkpoint; local or s3://."""
+    tracking: str | None = None
+    """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+    tokenizer: str | None = None
+    """Another tokenizer, by name or folder; a published checkpoint has none, and takes CLIP's own by default."""
+    words: int | None = None
+    """For a published checkpoint: tokens a text is cut to; None for the published number."""
+
+
+def load_named(source: ModelSource, frames: int | None = None) -> tuple[HBI, Any]:
+    """A model and its tokenizer. frames: of a clip, where a published checkpoint does not tell.
+
+    ValueError, in one line, where there is no such model, or the tokenizer is not at hand.
     """
+    model = source.model
     published = not model.startswith("models:/") and (
         Path(model).is_file() or (storage.is_remote(model) and Path(model).suffix in PUBLISHED)
     )
     if not published:
-        folder = resolve_model(model, tracking)
-        return load_model(folder), load_tokenizer(tokenizer or folder)
+        folder = resolve_model(model, source.tracking)
+        return load_model(folder), load_tokenizer(source.tokenizer or folder)
+    untold = {"words": source.words, "frames": frames}
     with tempfile.TemporaryDirectory() as scratch:
         file = storage.local_copy(model, scratch)
-        loaded = load_published(
-            file, **{name: value for name, value in settings.items() if value is not None}
-        )
-    name = tokenizer or CLIP_TOKENIZER
+        loaded = load_published(file, **{name: value for name, value in untold.items() if value is not None})
+    name = source.tokenizer or CLIP_TOKENIZER
     try:
         return loaded, load_tokenizer(name)
     except OSError:
@@ -52,18 +63,17 @@ def load_named(
         ) from None
 
 
-def with_start(config: TrainConfig, out: str, tracking: str | None) -> TrainConfig:
-    """The configuration with the sizes of the model that `config.start` names, which is kept as OUT/start.
+def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfig:
+    """The configuration with the sizes of the model that `config.init_from` names, which is kept as OUT/start.
 
     There every worker finds it, and a run that is taken up again, whatever became of the original.
     """
-    if not config.start:
+    if not config.init_from:
         return config
-    wanted, folder = config.model, storage.join(out, START)
+    wanted, folder = config.model, storage.join(out, INIT)
     if not storage.exists(storage.join(folder, CONFIG)):
-        model, tokenizer = load_named(
-            config.start, tracking, wanted.backbone or None, words=wanted.words, frames=wanted.frames
-        )
+        source = ModelSource(config.init_from, tracking, wanted.backbone or None, wanted.words)
+        model, tokenizer = load_named(source, wanted.frames)
         with tempfile.TemporaryDirectory() as made:
             save_model(model, made, tokenizer)
             storage.put_files(Path(made).iterdir(), folder, last=CONFIG)
@@ -72,7 +82,7 @@ def with_start(config: TrainConfig, out: str, tracking: str | None) -> TrainConf
     return replace(config, model=replace(held, **_choices(wanted)))
 
 
-def start_model(config: ModelConfig, folder: str) -> HBI:
+def init_model(config: ModelConfig, folder: str) -> HBI:
     """The model of a folder, local or s3://, to be trained with the choices of `config`."""
     with fetched(folder) as local:
         return load_model(local, **_choices(config)).train()

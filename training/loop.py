@@ -23,15 +23,18 @@ from hbi.training.checkpoint import (
     write_checkpoint,
 )
 from hbi.training.contrast import backward
-from hbi.training.data.loader import Batch, Loader, index_digest
-from hbi.training.init import start_model
-from hbi.training.optim import Average, make_optimizer, schedule, set_learning_rate
-from hbi.training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize
+from hbi.training.data.batch import Batch
+from hbi.training.data.loader import Loader
+from hbi.training.data.shards import index_digest
+from hbi.training.init import init_model
+from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
+from hbi.training.parallel import average_scalars, averaging, clip_gradients, parallelize
 from hbi.training.settings import TrainConfig
-from hbi.training.throughput import Ledger, Meter, clock, flops_per_clip, memory_bytes, peak_flops
+from hbi.training.step_metrics import StepMetrics
+from hbi.training.throughput import Throughput, clock, flops_per_clip, memory_bytes, peak_flops
 
 
-class Stopped(ValueError):
+class TrainingAborted(ValueError):
     """The run cannot go on. Every rank raises it at the same step, with the same words."""
 
 
@@ -39,13 +42,13 @@ class Stopped(ValueError):
 class Hooks:
     """What a run tells and asks the world around it."""
 
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     """Gets lines of progress, on the first rank."""
     track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
     """Gets metrics and their step, on the first rank. Must not block."""
     evaluate: Callable[[HBI, str], dict[str, float]] = lambda model, split: {}
     """Metrics of a model on a split, none where there is no such split. All ranks call it."""
-    ending: Callable[[], bool] = lambda: False
+    preempted: Callable[[], bool] = lambda: False
     """Whether this machine is about to be taken away. All ranks call it."""
 
 
@@ -58,47 +61,48 @@ class Training:
         index: ShardIndex,
         tokenizer: Any,
         checkpoints: Checkpoints,
-        place: Place,
         hooks: Hooks,
-        start: str = "",
+        init_from: str = "",
     ):
-        """start: folder of the model to begin with, where it is not a fresh one."""
+        """init_from: folder of the model to begin with, where it is not a fresh one."""
         torch.manual_seed(config.seed)
-        self.model = start_model(config.model, start) if start else build_model(config.model)
+        self.model = init_model(config.model, init_from) if init_from else build_model(config.model)
         # A backbone brings its own sizes: from here on the configuration says what is there.
         self.config = config = replace(config, model=self.model.config)
         check_shards(index, config.model, config.model_flags)
         if config.estimator:
             self.model.estimator = load_estimator(config.estimator)
-        self.tokenizer, self.checkpoints, self.place, self.hooks = tokenizer, checkpoints, place, hooks
-        self.wrapped = parallelize(self.model, place, config.compute)
+        self.tokenizer, self.checkpoints, self.hooks = tokenizer, checkpoints, hooks
+        self.process = process = checkpoints.process
+        self.wrapped = parallelize(self.model, process, config.compute)
         if config.compute.compile:
             self.model.compile()
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.average = Average(self.model, config.optim.ema) if config.optim.ema else None
-        self.loader = Loader(index, config, place)
-        self.state = State(self.model, self.optimizer, self.average, place)
+        self.ema = EMA(self.model, config.optim.ema) if config.optim.ema else None
+        self.loader = Loader(index, config, process)
+        self.state = State(self.model, self.optimizer, self.ema, process)
         self.digest, self.progress = index_digest(index), Progress()
-        torch.manual_seed(config.seed * 1_000_003 + place.rank)
+        torch.manual_seed(config.seed * 1_000_003 + process.rank)
         latest = self._resume()
         steps = config.optim.epochs * self.loader.steps_per_epoch
         self.steps = min(steps, config.optim.steps or steps)
-        self.bf16 = config.compute.bf16 and has_bf16(place.device)
-        self.meter, self.ledger = Meter(self.steps - self.progress.step), Ledger()
-        self.peak = peak_flops(place.device, self.bf16)
-        if place.first:
+        self.bf16 = config.compute.bf16 and has_bf16(process.device)
+        self.throughput = Throughput(self.steps - self.progress.step)
+        self.step_metrics = StepMetrics(process)
+        self.peak = peak_flops(process.device, self.bf16)
+        if process.first:
             begun = f"goes on at step {self.progress.step} from {latest}" if latest else "starts"
             precision = "bfloat16" if self.bf16 else "float32"
-            hooks.say(
+            hooks.log(
                 f"{config.name} {begun}: {sum(self.loader.samples)} clips, {self.steps} steps of "
-                f"{config.data.batch}, {place.world} x {place.device.type} in {precision}"
+                f"{config.data.batch}, {process.world_size} x {process.device.type} in {precision}"
             )
 
     def fit(self) -> Progress:
         """Trains to the end of the run; returns where it ended."""
         with contextlib.closing(self.loader):
             while not self.over():
-                for batch in self.meter.waiting(self.loader.batches(self.progress.position)):
+                for batch in self.throughput.waiting(self.loader.batches(self.progress.position)):
                     self.schedule()
                     losses = self.backward(batch)
                     norm = self.update()
@@ -127,74 +131,77 @@ class Training:
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of the global batch, and its gradient in the weights."""
         return backward(
-            self._encode, self._pieces(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
+            self._encode, self._micro_batches(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
         )
 
-    def _pieces(self, batch: Batch) -> list[tuple[Tensor, ...]]:
-        """What the model takes, on its device, in `data.accumulate` pieces (the later ones may be empty)."""
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """What the model takes, on its device, in `data.accumulate` micro-batches (the later ones may be empty)."""
         ids, mask = tokenize(self.tokenizer, batch.captions, self.config.model.words)
         if batch.video.is_pinned():
             ids, mask = ids.pin_memory(), mask.pin_memory()
         whole = [
-            t.to(self.place.device, non_blocking=True) for t in (ids, mask, batch.video, batch.video_mask)
+            t.to(self.process.device, non_blocking=True) for t in (ids, mask, batch.video, batch.video_mask)
         ]
         return list(zip(*(t.tensor_split(self.config.data.accumulate) for t in whole), strict=True))
 
-    def _encode(self, piece: tuple[Tensor, ...]) -> Encoded:
-        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.wrapped(*piece)
+    def _encode(self, micro_batch: tuple[Tensor, ...]) -> Encoded:
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.wrapped(*micro_batch)
 
     def update(self) -> Tensor:
         """Moves the weights along the gradient; the gradient's norm before clipping."""
-        average_scalars(self.model, self.place, self.config.compute)
+        average_scalars(self.model, self.process, self.config.compute)
         norm = clip_gradients(self.model, self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.clamp_logit_scale()
-        if self.average is not None:
-            self.average.update(self.model, self.progress.step)
-        self.progress = self.progress.stepped(self.place.world, self.config.data.batch)
+        if self.ema is not None:
+            self.ema.update(self.model, self.progress.step)
+        self.progress = self.progress.stepped(self.process.world_size, self.config.data.batch)
         return norm
 
     def note(self, batch: Batch, losses: dict[str, Tensor], norm: Tensor) -> None:
         """Adds up what the ranks measured, stops where it must, and now and then says and tracks how it goes."""
-        self.ledger.add(self.progress.step, batch, self.meter.wait, losses, norm, self.place)
-        self._settle(keep=1 if self.place.device.type == "cuda" else 0)
+        self.step_metrics.add(self.progress.step, batch, self.throughput.wait, losses, norm)
+        self._settle(keep=1 if self.process.device.type == "cuda" else 0)
 
     def _settle(self, keep: int = 0) -> None:
         """Looks at the numbers of all steps but the last `keep`, whose kernels may still run."""
-        for step, numbers in self.ledger.read(keep):
+        for step, numbers in self.step_metrics.read(keep):
             self._stop_if_broken(step, numbers)
             if step % self.config.tracking.every_steps == 0:
                 self._report(step)
 
     def _stop_if_broken(self, step: int, numbers: dict[str, float]) -> None:
-        """Raises Stopped on all ranks alike, for the numbers are those of all ranks."""
+        """Raises TrainingAborted on all ranks alike, for the numbers are those of all ranks."""
         limit = self.config.data.bad_samples
         if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["gradient_norm"]):
-            shards = self.place.messages(", ".join(self.ledger.shards[step]))
-            raise Stopped(
+            shards = self.process.gather_messages(", ".join(self.step_metrics.shards[step]))
+            raise TrainingAborted(
                 f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}; the batch came "
                 f"from {', '.join(shards)}; the last good checkpoint is {self.checkpoints.latest() or 'none'}: "
                 f"look at those clips, or lower --set.optim.lr ({self.config.optim.lr})"
             )
-        if self.ledger.unread > limit:
-            damage = [f"{name} ({count}: {reason})" for name, (count, reason) in self.ledger.damage.items()]
-            raise Stopped(
-                f"{self.ledger.unread} samples could not be read, more than --set.data.bad-samples {limit}: "
-                f"{'; '.join(self.place.messages('; '.join(damage[:3])))}: run the same `hbi shard` again, which makes "
-                f"anew what is missing or damaged, or raise the limit"
+        if self.step_metrics.unread > limit:
+            damage = [
+                f"{name} ({count}: {reason})" for name, (count, reason) in self.step_metrics.damage.items()
+            ]
+            of_all = self.process.gather_messages("; ".join(damage[:3]))
+            raise TrainingAborted(
+                f"{self.step_metrics.unread} samples could not be read, more than --set.data.bad-samples {limit}: "
+                f"{'; '.join(of_all)}: run the same `hbi shard` again, which makes anew what is missing or damaged, "
+                f"or raise the limit"
             )
 
     def _report(self, step: int) -> None:
         """One line, and the same numbers and more for the tracker."""
-        seconds, left = self.meter.read()
-        means, clips, waited = self.ledger.take()
-        if not self.place.first:
+        seconds, left = self.throughput.read()
+        means, clips, waited = self.step_metrics.take()
+        if not self.process.first:
             return
         rate = clips / seconds
-        work = rate * flops_per_clip(self.config.model) / (self.place.world * self.peak)
-        self.hooks.say(
+        work = rate * flops_per_clip(self.config.model) / (self.process.world_size * self.peak)
+        self.hooks.log(
             f"step {step}/{self.steps}  epoch {self.progress.position.epoch + 1}/{self.config.optim.epochs}  "
             f"loss {means['loss']:.4f}  {rate:.1f} clips/s  {clock(left)} left"
         )
@@ -204,12 +211,12 @@ class Training:
                 **{f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups},
                 "logit_scale": float(self.model.logit_scale.detach().exp()),
                 "speed/clips_per_second": rate,
-                "speed/data_wait_share": waited / (seconds * self.place.world),
+                "speed/data_wait_share": waited / (seconds * self.process.world_size),
                 "speed/flop_utilisation": work,
-                "speed/memory_bytes": memory_bytes(self.place.device),
+                "speed/memory_bytes": memory_bytes(self.process.device),
                 "data/clips": clips,
-                "data/unread_samples": self.ledger.unread,
-                "data/uncaptioned_clips": self.ledger.uncaptioned,
+                "data/unread_samples": self.step_metrics.unread,
+                "data/uncaptioned_clips": self.step_metrics.uncaptioned,
             },
             step,
         )
@@ -220,12 +227,12 @@ class Training:
         every = self.config.checkpoint.every_steps
         if every and step % every == 0:
             return True
-        return step % self.config.tracking.every_steps == 0 and self.hooks.ending()
+        return step % self.config.tracking.every_steps == 0 and self.hooks.preempted()
 
     def save(self) -> None:
         """Keeps everything, once the latest losses are known to be finite."""
         self._settle()
-        with self.meter.paused():
+        with self.throughput.paused():
             self.checkpoints.save(
                 lambda folder: write_checkpoint(
                     folder, self.state, self.progress, self.tokenizer, self.config, self.digest
@@ -238,16 +245,16 @@ class Training:
         settings, epoch = self.config.evaluate, self.progress.position.epoch
         if not settings.every_epochs or (epoch % settings.every_epochs and not self.over()):
             return
-        with self.meter.paused(), self.state.served() as model:
+        with self.throughput.paused(), self.state.served() as model:
             model.eval()
             metrics = self.hooks.evaluate(model, settings.select)
         self.model.train()
         self.progress = replace(self.progress, metrics=metrics)
-        if self.place.first and metrics:
+        if self.process.first and metrics:
             chosen = {
                 name: value for name, value in metrics.items() if name.endswith(self.config.checkpoint.metric)
             }
-            self.hooks.say(
+            self.hooks.log(
                 f"epoch {epoch}  " + "  ".join(f"{name} {value:.1f}" for name, value in chosen.items())
             )
             self.hooks.track(metrics, self.progress.step)

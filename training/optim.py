@@ -1,4 +1,4 @@
-"""The optimiser's groups, the learning rate by step, and the running average of the weights."""
+"""The optimiser's groups, the learning rate by step, and the moving average of the weights."""
 
 import math
 
@@ -50,7 +50,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
-class Average:
+class EMA:
     """Exponential moving average of the trained weights: a <- d a + (1 - d) w, d = min(decay, (1 + n) / (10 + n)).
 
     The cap lets the average follow quickly in the first n steps.

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,73 +12,87 @@ from torch import Tensor, nn
 from hbi.model.hbi import HBI
 from hbi.training.settings import ComputeSettings
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that train together."""
+class Process:
+    """This process among those that train together."""
 
     rank: int
-    """Number of this process, from 0."""
-    world: int
+    """Its number, from 0."""
+    world_size: int
     """How many there are."""
     device: torch.device
-    """Where this process computes."""
+    """Where it computes."""
 
     @staticmethod
-    def here(device: str | torch.device = "cpu") -> "Place":
+    def current(device: str | torch.device = "cpu") -> "Process":
         """By the process group, if there is one."""
         if dist.is_initialized():
-            return Place(dist.get_rank(), dist.get_world_size(), torch.device(device))
-        return Place(0, 1, torch.device(device))
+            return Process(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        return Process(0, 1, torch.device(device))
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that prints, tracks and saves."""
         return self.rank == 0
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sums over the ranks."""
-        if self.world > 1:
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sums over the ranks, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.total(torch.zeros(1, device=self.device)).item()
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def messages(self, message: str | None) -> list[str]:
-        """What the ranks have to say, in the order of ranks. For rare events: it waits for all."""
-        said: list[Any] = [message]
-        if self.world > 1:
-            said = [None] * self.world
-            dist.all_gather_object(said, message)
-        return [text for text in said if text]
+    def gather_objects(self, ours: T) -> list[T]:
+        """What every rank gives, in the order of ranks. For rare events: it waits for all."""
+        if self.world_size == 1:
+            return [ours]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, ours)
+        return everyone
+
+    def gather_messages(self, message: str | None) -> list[str]:
+        """What the ranks have to say, in the order of ranks; None is nothing."""
+        return [text for text in self.gather_objects(message) if text]
+
+    def of_first(self, ours: T) -> T:
+        """What the first rank gives, on all of them."""
+        if self.world_size == 1:
+            return ours
+        said: list[Any] = [ours]
+        dist.broadcast_object_list(said, device=self.device)
+        return said[0]
 
 
-def parallelize(model: nn.Module, place: Place, settings: ComputeSettings) -> nn.Module:
+def parallelize(model: nn.Module, process: Process, settings: ComputeSettings) -> nn.Module:
     """The module to call in training: the same weights, averaged gradients. One process needs none of it."""
-    model.to(place.device)
-    if place.world == 1:
+    model.to(process.device)
+    if process.world_size == 1:
         return model
     if settings.parallel == "ddp":
         # DDP regroups its buckets after the first step, and with three ranks or more another grouping sums in another
         # order. With `find_unused_parameters` it never does: on CPUs a resumed run stays bitwise the unbroken one.
-        cpu = place.device.type == "cpu"
+        cpu = process.device.type == "cpu"
         return nn.parallel.DistributedDataParallel(
             model,
-            device_ids=None if cpu else [place.device],
+            device_ids=None if cpu else [process.device],
             find_unused_parameters=cpu,
             gradient_as_bucket_view=True,
         )
-    return _shard(model, place, settings)
+    return _shard(model, process, settings)
 
 
-def _shard(model: nn.Module, place: Place, settings: ComputeSettings) -> nn.Module:
+def _shard(model: nn.Module, process: Process, settings: ComputeSettings) -> nn.Module:
     """FSDP2: every list of layers is split layer by layer, and the rest as one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
     for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for layer in layers:
             if any(p.requires_grad for p in layer.parameters()):
@@ -95,23 +109,23 @@ def averaging(wrapped: nn.Module, on: bool) -> contextlib.AbstractContextManager
     return wrapped.no_sync()
 
 
-def average_scalars(model: nn.Module, place: Place, settings: ComputeSettings) -> None:
+def average_scalars(model: nn.Module, process: Process, settings: ComputeSettings) -> None:
     """Averages the gradients that FSDP2 leaves alone."""
-    if place.world > 1 and settings.parallel == "fsdp":
+    if process.world_size > 1 and settings.parallel == "fsdp":
         for parameter in model.parameters():
             if parameter.ndim == 0 and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= place.world
+                parameter.grad /= process.world_size
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales all gradients so that their norm is at most `limit`; the norm before that."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = [torch.nn.utils.get_total_norm(same) for same in _by_kind(gradients) if same]
-    norm = torch.linalg.vector_norm(torch.stack([whole(n) for n in norms]))
+    norm = torch.linalg.vector_norm(torch.stack([full_tensor(n) for n in norms]))
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        local(gradient).mul_(scale)
+        local_shard(gradient).mul_(scale)
     return norm
 
 
@@ -121,17 +135,17 @@ def _by_kind(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return split, [t for t in tensors if not hasattr(t, "full_tensor")]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor without its sharding. Collective: every rank must ask for the same tensors in the same order."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies here."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
-def fill(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Copies a whole tensor into one that may be split."""
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -144,13 +158,13 @@ def fill(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
-def plain(model: HBI) -> HBI:
+def full_model(model: HBI) -> HBI:
     """The model itself, or, where its weights are split, a whole copy on every rank. Collective."""
     state = model.state_dict()
     if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         return model
     copy = HBI(model.config).to(next(model.parameters()).device)
-    copy.load_state_dict({name: whole(tensor) for name, tensor in state.items()})
+    copy.load_state_dict({name: full_tensor(tensor) for name, tensor in state.items()})
     return copy
 
 

@@ -1,21 +1,18 @@
 """How fast a run is: clips per second, time left, share of time waiting for data, share of the chip's peak."""
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hbi.model.config import ModelConfig
-from hbi.training.data.loader import Batch
-from hbi.training.parallel import Place
+from hbi.model.hbi import HBI
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -31,26 +28,25 @@ PEAK_FLOPS = {
 """Dense half-precision peaks of the makers' data sheets, in operations a second."""
 
 
-def flops_per_clip(model: ModelConfig) -> float:
+@lru_cache(maxsize=8)
+def flops_per_clip(config: ModelConfig) -> float:
     """Operations of a training step on one clip with its caption: three times those of the forward pass.
 
-    A block of width w over n tokens costs 2 n (4 w^2 + 2 w m) for its matrices (m the MLP's width) and 4 n^2 w for
-    its attention. What checkpointing computes again does not count: it is the model's work, not the machine's.
+    Counted by torch on tensors without content: the towers and the levels. The predictors are small beside them. What
+    checkpointing computes again does not count: it is the model's work, not the machine's. Nor does the loss, which
+    grows with the batch.
     """
-    towers = model.towers
-
-    def blocks(layers: int, tokens: int, width: int, hidden: int) -> float:
-        hidden = hidden or 4 * width
-        return layers * (2 * tokens * (4 * width * width + 2 * width * hidden) + 4 * tokens * tokens * width)
-
-    patches = (towers.image_size // towers.patch_size) ** 2
-    frame = blocks(towers.vision_layers, patches + 1, towers.vision_width, towers.vision_mlp)
-    frame += (
-        2 * patches * 3 * towers.patch_size**2 * towers.vision_width + 2 * towers.vision_width * towers.dim
-    )
-    text = blocks(towers.text_layers, model.words, towers.text_width, towers.text_mlp)
-    text += 2 * model.words * towers.text_width * towers.dim
-    return 3 * (model.frames * frame + text + blocks(model.temporal_layers, model.frames, towers.dim, 0))
+    clips, size = 2, config.towers.image_size
+    with torch.device("meta"):
+        model = HBI(config)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        text_mask = torch.ones(clips, config.words, dtype=torch.bool)
+        words, _ = model.encode_text(torch.ones(clips, config.words, dtype=torch.int64), text_mask)
+        model.text_levels(words, text_mask)
+        video_mask = torch.ones(clips, config.frames, dtype=torch.bool)
+        video = torch.zeros(clips, config.frames, size, size, 3, dtype=torch.uint8)
+        model.video_levels(model.encode_video(video, video_mask), video_mask)
+    return 3 * counter.get_total_flops() / clips
 
 
 def peak_flops(device: torch.device, bf16: bool = False) -> float:
@@ -86,7 +82,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Meter:
+class Throughput:
     """Time of the steps since the last reading."""
 
     def __init__(self, steps_left: int):
@@ -122,66 +118,3 @@ class Meter:
         left = seconds / max(1, self.steps) * max(0, self.steps_left)
         self.start, self.steps = now, 0
         return seconds, left
-
-
-COUNTS = ("clips", "unread", "uncaptioned", "wait_seconds")
-
-
-class Ledger:
-    """The numbers of each step over all ranks, read late enough that no step waits for its own."""
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
-        self.shards: dict[int, list[str]] = {}
-        """Shards of this rank's batch, of the steps that are not read yet and the last one that is."""
-        self.damage: dict[str, tuple[int, str]] = {}
-        """Of each shard with samples that this rank could not read: how many, and the first reason."""
-        self.unread = self.uncaptioned = 0
-        self.sums: Counter[str] = Counter()
-        self.steps = 0
-
-    def add(
-        self, step: int, batch: Batch, wait: float, losses: dict[str, Tensor], norm: Tensor, place: Place
-    ) -> None:
-        """Adds the ranks' numbers of a step; one collective."""
-        for shard, reason in batch.bad:
-            count, first = self.damage.get(shard, (0, reason))
-            if not count:
-                log.warning("%s: passed over: %s (more of this shard is counted, not logged)", shard, reason)
-            self.damage[shard] = (count + 1, first)
-        self.shards[step] = batch.shards
-        means = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]) / place.world
-        counts = torch.tensor(
-            [len(batch.captions), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype
-        )
-        values = place.total(torch.cat([means, counts.to(means.device)]))
-        names = [*losses, "gradient_norm", *COUNTS]
-        if values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self.pending.append((step, names, host, event))
-        else:
-            self.pending.append((step, names, values, None))
-
-    def read(self, keep: int = 0) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, its numbers) of all steps but the last `keep`, and takes them into the sums."""
-        while len(self.pending) > keep:
-            step, names, values, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
-            numbers = dict(zip(names, values.tolist(), strict=True))
-            self.unread += round(numbers["unread"])
-            self.uncaptioned += round(numbers["uncaptioned"])
-            self.sums.update(numbers)
-            self.steps += 1
-            self.shards = {s: shards for s, shards in self.shards.items() if s >= step}
-            yield step, numbers
-
-    def take(self) -> tuple[dict[str, float], float, float]:
-        """Mean losses, clips, and seconds of waiting for data since the last call, over all ranks."""
-        sums, steps = self.sums, self.steps
-        self.sums, self.steps = Counter(), 0
-        means = {name: value / steps for name, value in sums.items() if name not in COUNTS}
-        return means, sums["clips"], sums["wait_seconds"]

@@ -179,7 +179,7 @@ def _default(read: Any, name: str) -> str | None:
     used = read.set.tracking.enabled if isinstance(read, Train) else read.model.startswith("models:/")
     if not used:
         return None
-    from hbi.infra.mlflow.registry import tracking_uri
+    from hbi.infra.mlflow.store import tracking_uri
 
     return tracking_uri()
 

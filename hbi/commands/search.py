@@ -33,7 +33,8 @@ class BuildIndex:
 
     def run(self) -> None:
         from hbi.commands.progress import progress_bar
-        from hbi.infra.mlflow.registry import pin_model, resolve_model, tracking_uri
+        from hbi.infra.mlflow.resolve import pin_model, resolve_model
+        from hbi.infra.mlflow.store import tracking_uri
         from hbi.infra.ray_runtime import ray_running
         from hbi.pipelines.sample import ShardIndex
         from hbi.serving.index.build import index_shards
@@ -65,7 +66,7 @@ class Search:
     """How many videos to show."""
 
     def run(self) -> None:
-        from hbi.infra.mlflow.registry import resolve_model
+        from hbi.infra.mlflow.resolve import resolve_model
         from hbi.model.tokenizer import load_tokenizer
         from hbi.model.weights import load_model
         from hbi.serving.index.table import TokenIndex, encode_query
@@ -100,7 +101,8 @@ class Serve:
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
     def run(self) -> None:
-        from hbi.infra.mlflow.registry import resolve_model, tracking_uri
+        from hbi.infra.mlflow.resolve import resolve_model
+        from hbi.infra.mlflow.store import tracking_uri
         from hbi.infra.ray_runtime import ray_running
         from hbi.serving.app import free_port, start
 

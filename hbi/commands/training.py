@@ -2,14 +2,15 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from hbi.commands.arguments import Model, Path, Shards, Tracking
-from hbi.training.settings import RUNS, TrainConfig, flatten
+from hbi.training.runs.table import RUNS
+from hbi.training.settings import EvalProtocol, TrainConfig, flatten
 
 if TYPE_CHECKING:
     from hbi.training.run import TrainResult
@@ -50,7 +51,7 @@ class Train:
 
     def run(self) -> "TrainResult":
         from hbi.serving.package import PACKAGE
-        from hbi.training.evaluate.retrieval import table
+        from hbi.training.evaluate.table import table
         from hbi.training.run import train
 
         result = train(self.set, self.data, self.out or f"runs/{self.name}", self.tracking, PACKAGE)
@@ -88,14 +89,8 @@ class Evaluate:
     """A folder that `hbi shard` wrote, local or s3://."""
     split: str = "test"
     """Which split."""
-    paragraph: bool = False
-    """All captions of a clip as one text."""
-    rates: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    """Weights of the entity, action and event similarities."""
-    dsl: bool = False
-    """Also with dual softmax, which sees all queries at once (t2v+dsl/R@1)."""
-    qbnorm: int = 0
-    """Also with QB-Norm, on a bank of so many training clips (t2v+qbnorm/R@1)."""
+    protocol: Annotated[EvalProtocol, OmitArgPrefixes] = field(default_factory=EvalProtocol)
+    """How retrieval is measured."""
     tokenizer: Path = None
     """For a published checkpoint: a CLIP name or folder."""
     words: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
@@ -104,12 +99,12 @@ class Evaluate:
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
     def run(self) -> None:
-        from hbi.training.evaluate.retrieval import EvalProtocol, evaluate_command, table
+        from hbi.training.evaluate.retrieval import evaluate_named
+        from hbi.training.evaluate.table import table
+        from hbi.training.init import ModelSource
 
-        protocol = EvalProtocol(self.paragraph, self.rates, self.dsl, self.qbnorm)
-        metrics = evaluate_command(
-            self.model, self.shards, self.split, protocol, self.tracking, self.tokenizer, self.words
-        )
+        source = ModelSource(self.model, self.tracking, self.tokenizer, self.words)
+        metrics = evaluate_named(source, self.shards, self.split, self.protocol)
         print(table(metrics, self.split))
 
 
@@ -126,7 +121,7 @@ class Runs:
     """MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
     def run(self) -> None:
-        from hbi.infra.mlflow.registry import runs_table
+        from hbi.infra.mlflow.runs import runs_table
 
         print(runs_table(self.experiment, self.tracking))
 

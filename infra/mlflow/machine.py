@@ -1,26 +1,31 @@
-"""What the machine is doing, for the tracker."""
+"""What the machine is doing, by MLflow's own monitors.
 
-import sys
+MLflow's thread around them ends for good when its server is away for a moment: ours puts what they measure into the
+outbox, like everything else that a run says.
+"""
+
+import contextlib
 
 
-def measure() -> dict[str, float]:
-    """The machine, by MLflow's names for its own page of system metrics; GPU memory once torch uses a GPU."""
-    import psutil
+class MachineMonitor:
+    """CPU, memory, disk, network since it was made, and GPUs where there are any."""
 
-    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("."), psutil.net_io_counters()
-    values = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
-        "system/disk_usage_percentage": disk.percent,
-        "system/disk_available_megabytes": disk.free / 1e6,
-        "system/network_receive_megabytes": network.bytes_recv / 1e6,
-        "system/network_transmit_megabytes": network.bytes_sent / 1e6,
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        values["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
-        values["system/gpu_0_memory_usage_percentage"] = 100 * (1 - free / total)
-    return values
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or nothing that could ask it
+            self.monitors.append(GPUMonitor())
+
+    def measure(self) -> dict[str, float]:
+        """By MLflow's names for its page of system metrics; what a container hides is left out."""
+        values: dict[str, float] = {}
+        for monitor in self.monitors:
+            with contextlib.suppress(OSError, ValueError):
+                monitor.collect_metrics()
+                values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"system/{name}": float(value) for name, value in values.items()}

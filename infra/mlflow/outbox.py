@@ -13,7 +13,7 @@ BATCH_LINES = 200
 Event = dict[str, Any]
 
 
-class Spool:
+class Outbox:
     """One file, `<run>.jsonl`, and a folder beside it for pictures. What an earlier process left comes first.
 
     Not sent is whatever lies behind `sent`, a place in the file that only this process knows: a new process starts at

@@ -1,8 +1,14 @@
 """Runs as a plain-text table that fits the terminal."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hbi.infra.mlflow.store import client, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 CELL = 24
 """Longest cell; a longer one loses its middle."""
@@ -93,3 +99,47 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def runs_table(experiment: str | None = None, uri: str | None = None, width: int | None = None) -> str:
+    """The runs of an experiment (default: of all) as text, best first: metrics, and the settings that differ.
+
+    The best is judged by text-to-video R@1 on val, or on what there is; runs without it come last, newest first.
+    """
+    uri = tracking_uri(uri)
+    store = client(uri)
+    known = {found.name: found.experiment_id for found in store.search_experiments()}
+    if experiment is not None and experiment not in known:
+        raise ValueError(f"--experiment {experiment!r}: {uri} has {', '.join(sorted(known)) or 'none'}")
+    runs = _all_runs(store, [known[experiment]] if experiment else list(known.values()))
+    if not runs:
+        return f"no runs in {uri}: `hbi train RUN --data SHARDS` makes one"
+    text, notes = compare(
+        runs, _versions_of_runs(store), width or shutil.get_terminal_size((120, 24)).columns
+    )
+    return "\n".join([text, "", *notes])
+
+
+def _all_runs(store: "MlflowClient", experiments: list[str]) -> list[Any]:
+    """Every active run, newest first."""
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = store.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _versions_of_runs(store: "MlflowClient") -> dict[str, str]:
+    """`hbi/3 @champion` for each run that registered a model."""
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for model in store.search_registered_models():
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(f"@{alias}")
+    found: dict[str, str] = {}
+    for version in sorted(store.search_model_versions(), key=lambda version: int(version.version)):
+        marks = aliases.get((version.name, str(version.version)), [])
+        found[version.run_id or ""] = " ".join([f"{version.name}/{version.version}", *sorted(marks)])
+    return found

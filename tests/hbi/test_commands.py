@@ -14,7 +14,7 @@ import pytest
 
 from hbi import cli
 from hbi.commands.corpora import Corpus
-from hbi.training.settings import RUNS
+from hbi.training.runs.table import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -86,7 +86,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 REGISTER = """
 import sys
 import model
-from hbi.infra.mlflow import registry
+from hbi.infra.mlflow import registry, store
 from hbi.model.config import ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import train_tokenizer
@@ -97,8 +97,8 @@ towers = TowerConfig(image_size=32, patch_size=16, vision_width=32, vision_layer
                      text_width=32, text_layers=1, text_heads=2, vocab_size=300, dim=32)
 save_model(HBI(ModelConfig(towers=towers, frames=4, temporal_layers=1, predictor_width=8)), "made",
            train_tokenizer(["a red square moves left"], 300))
-uri = registry.tracking_uri(sys.argv[1])
-run = registry.client(uri).create_run(registry.experiment_id(uri, "exp")).info.run_id
+uri = store.tracking_uri(sys.argv[1])
+run = store.client(uri).create_run(store.experiment_id(uri, "exp")).info.run_id
 registry.log_and_register("made", run, uri, PACKAGE, registry.NewVersion(alias="champion"))
 assert model.MINE
 """

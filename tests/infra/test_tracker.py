@@ -9,10 +9,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from hbi.infra.mlflow import registry
+from hbi.infra.mlflow import store as stores
 from hbi.infra.mlflow import tracker as tracking
-from hbi.infra.mlflow.outbox import Spool
-from hbi.infra.mlflow.tracker import Tracker, lineage, replay, shown
+from hbi.infra.mlflow.lineage import lineage
+from hbi.infra.mlflow.outbox import Outbox
+from hbi.infra.mlflow.sending import replay
+from hbi.infra.mlflow.store import shown
+from hbi.infra.mlflow.tracker import Tracker
 from tests.support.mlflow_server import Server
 from tests.support.mlflow_store import fresh_store
 from tests.support.waiting import wait_for
@@ -32,13 +35,13 @@ def store(tmp_path: Path) -> str:
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in registry.client(uri).get_metric_history(run_id, name)]
+    return [(point.step, point.value) for point in stores.client(uri).get_metric_history(run_id, name)]
 
 
 def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("hello")
-    with Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         tracker.params({"optim.lr": 1e-4, "optim.betas": (0.9, 0.98), "name": "x" * 9000})
         tracker.tags({"commit": "abc", "dirty": False})
         for step in range(5):
@@ -46,7 +49,7 @@ def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
         tracker.metrics({"broken": float("nan"), "endless": float("inf")}, 5)
         tracker.figure("val/pair", Figure())
         tracker.artifact(note, "notes")
-    run = registry.client(store).get_run(tracker.run_id)
+    run = stores.client(store).get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "one"
     assert run.data.params["optim.lr"] == "0.0001" and run.data.params["optim.betas"] == "(0.9, 0.98)"
     assert len(run.data.params["name"]) == 6000
@@ -59,7 +62,7 @@ def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
     assert artifacts.is_relative_to(tmp_path / "store" / "artifacts")
     assert (artifacts / "notes" / "note.txt").read_text() == "hello"
     assert (artifacts / "figures" / "val" / "pair.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "outbox").iterdir())
 
 
 def test_nothing_is_written_where_we_stand(
@@ -68,7 +71,7 @@ def test_nothing_is_written_where_we_stand(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    with Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         tracker.metrics({"loss": 1.0}, 0)
         tracker.figure("f", b"\x89PNG")
     assert not list(here.iterdir())
@@ -78,7 +81,7 @@ def test_the_caller_never_waits(store: str, tmp_path: Path, monkeypatch: pytest.
     """A store that takes half a second for each request costs the caller nothing."""
     send = tracking.send
     monkeypatch.setattr(tracking, "send", lambda *args: (time.sleep(0.5), send(*args)))
-    with Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         seconds = []
         for step in range(2000):
             start = time.perf_counter()
@@ -89,27 +92,27 @@ def test_the_caller_never_waits(store: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_disabled_tracker_does_nothing(tmp_path: Path) -> None:
-    with Tracker("http://127.0.0.1:9", "tests", "one", tmp_path / "spool", enabled=False) as tracker:
+    with Tracker("http://127.0.0.1:9", "tests", "one", tmp_path / "outbox", enabled=False) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
         tracker.params({"a": 1})
-    assert not (tmp_path / "spool").exists() and tracker.close() == 0
+    assert not (tmp_path / "outbox").exists() and tracker.close() == 0
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_how_a_run_ends(store: str, tmp_path: Path, error: type[BaseException], status: str) -> None:
-    with pytest.raises(error), Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with pytest.raises(error), Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         raise error
-    assert registry.client(store).get_run(tracker.run_id).info.status == status
+    assert stores.client(store).get_run(tracker.run_id).info.status == status
 
 
 def test_a_resumed_run_goes_on_and_says_what_changed(store: str, tmp_path: Path) -> None:
-    with Tracker(store, "tests", "one", tmp_path / "spool") as first:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as first:
         first.params({"lr": 1, "name": "a"})
         first.metrics({"loss": 1.0}, 0)
-    with Tracker(store, "tests", "one", tmp_path / "spool", run_id=first.run_id) as second:
+    with Tracker(store, "tests", "one", tmp_path / "outbox", run_id=first.run_id) as second:
         second.params({"lr": 2, "name": "a", "new": 3})
         second.metrics({"loss": 0.5}, 1)
-    run = registry.client(store).get_run(first.run_id)
+    run = stores.client(store).get_run(first.run_id)
     assert second.run_id == first.run_id and run.info.status == "FINISHED"
     assert run.data.params == {"lr": "1", "name": "a", "new": "3"} and run.data.tags["resumed/lr"] == "2"
     assert "resumed/name" not in run.data.tags
@@ -119,17 +122,17 @@ def test_a_resumed_run_goes_on_and_says_what_changed(store: str, tmp_path: Path)
 def test_a_run_that_is_gone_from_the_store_goes_on_anew(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(store, "tests", "one", tmp_path / "spool", run_id="0" * 32) as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox", run_id="0" * 32) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
     assert tracker.run_id != "0" * 32
-    assert registry.client(store).get_run(tracker.run_id).data.tags["resumes"] == "0" * 32
+    assert stores.client(store).get_run(tracker.run_id).data.tags["resumes"] == "0" * 32
     assert "going on in a new run" in capsys.readouterr().err
 
 
 def test_what_cannot_be_a_number_is_left_out_and_said(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         tracker.metrics({"loss": "high", "rate": 2.0}, 3)
         tracker.metrics({"loss": 1.0}, 4)
         tracker.artifact(tmp_path / "absent")
@@ -148,34 +151,34 @@ def test_an_artifact_that_fails_does_not_hold_up_metrics(
         raise PermissionError("bucket is closed")
 
     monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
-    with Tracker(store, "tests", "one", tmp_path / "spool") as tracker:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
         tracker.figure("pair", b"\x89PNG")
         tracker.metrics({"loss": 1.0}, 0)
     assert history(store, tracker.run_id, "loss") == [(0, 1.0)] and tracker.unsent == 0
     assert "could not be sent (bucket is closed): given up after 3 tries" in capsys.readouterr().err
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "outbox").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- spool
 
 
-def test_a_spool_keeps_order_and_forgets_what_was_sent(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "run.jsonl")
-    spool.write({"n": n} for n in range(450))
-    got = [event["n"] for batch in spool.batches() for event in batch]
-    assert got == list(range(450)) and spool.waiting == 0 and spool.path.stat().st_size == 0
-    spool.close()
-    assert not spool.path.exists()
+def test_an_outbox_keeps_order_and_forgets_what_was_sent(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "run.jsonl")
+    outbox.write({"n": n} for n in range(450))
+    got = [event["n"] for batch in outbox.batches() for event in batch]
+    assert got == list(range(450)) and outbox.waiting == 0 and outbox.path.stat().st_size == 0
+    outbox.close()
+    assert not outbox.path.exists()
 
 
-def test_a_spool_outlives_its_process_and_half_a_line(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "run.jsonl")
-    spool.write({"n": n} for n in range(300))
-    batches = spool.batches()
+def test_an_outbox_outlives_its_process_and_half_a_line(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "run.jsonl")
+    outbox.write({"n": n} for n in range(300))
+    batches = outbox.batches()
     assert len(next(batches)) == 200  # handed out, but nobody said that it was sent
-    with spool.path.open("ab") as stream:
+    with outbox.path.open("ab") as stream:
         stream.write(b'{"n": 30')
-    again = Spool(tmp_path / "run.jsonl")
+    again = Outbox(tmp_path / "run.jsonl")
     again.write([{"n": 300}])
     assert [event["n"] for batch in again.batches() for event in batch] == list(range(301))
 
@@ -187,8 +190,8 @@ def test_a_server_that_dies_delays_nothing_and_loses_nothing(
     mlflow_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = mlflow_server
-    tracker = Tracker(server.uri, "tests", "one", tmp_path / "spool")
-    spool = tracker.spool
+    tracker = Tracker(server.uri, "tests", "one", tmp_path / "outbox")
+    outbox = tracker.outbox
     tracker.params({"lr": 1})
     tracker.metrics({"loss": 0.0}, 0)
     wait_for(lambda: history(server.store, tracker.run_id, "loss") == [(0, 0.0)], 30)
@@ -200,43 +203,43 @@ def test_a_server_that_dies_delays_nothing_and_loses_nothing(
         slowest = max(slowest, time.perf_counter() - start)
         time.sleep(0.01)
     tracker.figure("while-away", b"\x89PNG")
-    wait_for(lambda: spool.waiting >= 101, 30)
+    wait_for(lambda: outbox.waiting >= 101, 30)
     assert slowest < 0.5  # a busy machine may pause us, a dead server may not
     assert "is away" in capsys.readouterr().err
     server.start()  # and back
-    wait_for(lambda: spool.waiting == 0, 60)
+    wait_for(lambda: outbox.waiting == 0, 60)
     tracker.metrics({"loss": 101.0}, 101)
     server.kill()
     left = tracker.close(timeout=20)
     said = capsys.readouterr().err
     if left:  # the last lines were still on their way
-        assert f"{left} records of run {tracker.run_id} are not sent" in said and str(spool.path) in said
+        assert f"{left} records of run {tracker.run_id} are not sent" in said and str(outbox.path) in said
     # A process that resumes the run while the server is still away does not mind, and its lines follow in order.
-    with Tracker(server.uri, "tests", "one", tmp_path / "spool", run_id=tracker.run_id) as resumed:
+    with Tracker(server.uri, "tests", "one", tmp_path / "outbox", run_id=tracker.run_id) as resumed:
         resumed.metrics({"loss": 102.0}, 102)
     assert resumed.run_id == tracker.run_id and resumed.unsent > 0
-    assert f"python -m hbi.infra.mlflow.tracker {spool.path}" in capsys.readouterr().err
-    assert replay(spool.path, server.store) == resumed.unsent  # any way to the store will do
+    assert f"python -m hbi.infra.mlflow.tracker {outbox.path}" in capsys.readouterr().err
+    assert replay(outbox.path, server.store) == resumed.unsent  # any way to the store will do
     assert history(server.store, tracker.run_id, "loss") == [(step, float(step)) for step in range(103)]
-    assert registry.client(server.store).get_run(tracker.run_id).info.status == "FINISHED"
+    assert stores.client(server.store).get_run(tracker.run_id).info.status == "FINISHED"
     assert list(server.artifacts.rglob("while-away.png"))
-    assert not list((tmp_path / "spool").iterdir())
+    assert not list((tmp_path / "outbox").iterdir())
 
 
 def test_a_new_run_needs_its_server(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"tracking store http://\*\*\*@127.0.0.1:9 does not answer \(.*refused.*\)"
     ):
-        Tracker("http://me:secret@127.0.0.1:9", "tests", "one", tmp_path / "spool")
+        Tracker("http://me:secret@127.0.0.1:9", "tests", "one", tmp_path / "outbox")
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking, "ALIVE_SECONDS", 0.5)
+    monkeypatch.setattr(stores, "ALIVE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        tracker = Tracker(uri, "tests", "one", tmp_path / "spool", run_id="1" * 32)
+        tracker = Tracker(uri, "tests", "one", tmp_path / "outbox", run_id="1" * 32)
         tracker.metrics({"loss": 1.0}, 0)
         start = time.monotonic()
         assert tracker.close(timeout=5) >= 2
@@ -250,9 +253,9 @@ def test_passwords_are_not_shown() -> None:
 
 
 def test_replay_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such spool"):
+    with pytest.raises(ValueError, match="no such outbox"):
         replay(tmp_path / "no.jsonl", "http://127.0.0.1:9")
-    Spool(tmp_path / "run.jsonl").write([{"kind": "tags", "values": {}}])
+    Outbox(tmp_path / "run.jsonl").write([{"kind": "tags", "values": {}}])
     with pytest.raises(ValueError, match=r"does not take .*run\.jsonl .*it stays as it is"):
         replay(tmp_path / "run.jsonl", "http://127.0.0.1:9")
     assert (tmp_path / "run.jsonl").stat().st_size > 0

@@ -10,21 +10,21 @@ from tempfile import mkdtemp
 
 @lru_cache(maxsize=1)
 def _template() -> Path:
-    from hbi.infra.mlflow import registry
+    from hbi.infra.mlflow import store
 
     folder = Path(mkdtemp(prefix="mlflow-store-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    uri = registry.tracking_uri(str(folder))
+    uri = store.tracking_uri(str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's use of SQLAlchemy, when first imported
-        registry.client(uri).search_experiments()
+        store.client(uri).search_experiments()
     return folder / "mlflow.db"
 
 
 def fresh_store(folder: Path) -> str:
     """The tracking URI of an empty sqlite store inside `folder`."""
-    from hbi.infra.mlflow import registry
+    from hbi.infra.mlflow import store
 
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(_template(), folder / "mlflow.db")
-    return registry.tracking_uri(str(folder))
+    return store.tracking_uri(str(folder))

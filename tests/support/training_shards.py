@@ -95,7 +95,7 @@ def tiny_run(**data: Any) -> TrainConfig:
     return TrainConfig(
         name="tiny",
         model=tiny_model(),
-        data=DataSettings(**{"batch": 8, "window": 2, "workers": 0, **data}),
+        data=DataSettings(**{"batch": 8, "shuffle_window": 2, "workers": 0, **data}),
         optim=OptimSettings(lr=3e-3, backbone_lr=3e-3, epochs=2),
         compute=ComputeSettings(bf16=False),
         checkpoint=CheckpointSettings(every_steps=3),

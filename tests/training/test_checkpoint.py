@@ -22,16 +22,17 @@ from hbi.training.checkpoint import (
     read_progress,
     write_checkpoint,
 )
-from hbi.training.data.loader import Position
+from hbi.training.data.order import LoaderState
 from hbi.training.loop import Hooks
-from hbi.training.optim import Average, make_optimizer
-from hbi.training.parallel import Place
-from hbi.training.run import run, with_tokenizer
+from hbi.training.optim import EMA, make_optimizer
+from hbi.training.parallel import Process
 from hbi.training.settings import OptimSettings
+from hbi.training.tokenizers import with_tokenizer
+from hbi.training.worker import run
 from tests.support.s3 import ObjectStorage, object_storage
 from tests.support.training_shards import make_shards, tiny_model, tiny_run
 
-HERE = Place(0, 1, torch.device("cpu"))
+HERE = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
 def state_of(seed: int) -> State:
     torch.manual_seed(seed)
     model = HBI(tiny_model())
-    return State(model, make_optimizer(model, OptimSettings()), Average(model, 0.9), HERE)
+    return State(model, make_optimizer(model, OptimSettings()), EMA(model, 0.9), HERE)
 
 
 def learn(state: State) -> torch.Tensor:
@@ -53,8 +54,8 @@ def learn(state: State) -> torch.Tensor:
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
-    assert state.average is not None
-    state.average.update(state.model, 3)
+    assert state.ema is not None
+    state.ema.update(state.model, 3)
     return torch.randn(3)
 
 
@@ -63,7 +64,7 @@ def write(state: State, folder: Path, progress: Progress) -> None:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    state, progress = state_of(0), Progress(7, Position(2, ((2, 8, 3), (3, 8, 1))), {"val/t2v/R@1": 4.5})
+    state, progress = state_of(0), Progress(7, LoaderState(2, ((2, 8, 3), (3, 8, 1))), {"val/t2v/R@1": 4.5})
     learn(state)
     write(state, tmp_path, progress)
     expected = learn(state)
@@ -72,10 +73,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     other.restore(tmp_path)
     assert read_progress(tmp_path) == progress
     assert torch.equal(learn(other), expected), "the random state"
-    assert state.average is not None and other.average is not None
+    assert state.ema is not None and other.ema is not None
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], tensor), name
-        assert torch.equal(other.average.weights[name], state.average.weights[name]), name
+        assert torch.equal(other.ema.weights[name], state.ema.weights[name]), name
     assert torch.equal(other.optimizer.state_dict()["state"][5]["exp_avg_sq"],
                        state.optimizer.state_dict()["state"][5]["exp_avg_sq"])  # fmt: skip
 
@@ -85,14 +86,14 @@ def test_a_checkpoint_is_a_model_that_can_be_loaded_and_no_pickle(tmp_path: Path
     learn(state)
     write(state, tmp_path, Progress())
     served = load_model(tmp_path).state_dict()
-    assert state.average is not None
-    assert all(torch.equal(served[name], tensor) for name, tensor in state.average.weights.items())
+    assert state.ema is not None
+    assert all(torch.equal(served[name], tensor) for name, tensor in state.ema.weights.items())
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
 def put(checkpoints: Checkpoints, step: int, score: float | None = None) -> None:
     metrics = None if score is None else {"val/t2v/R@1": score}
-    progress = Progress(step, Position(step // 10), metrics)
+    progress = Progress(step, LoaderState(step // 10), metrics)
 
     def write(folder: Path) -> None:
         (folder / "state.json").write_text(json.dumps({"progress": progress.to_dict()}))
@@ -174,13 +175,13 @@ def test_a_run_reads_shards_from_object_storage_and_keeps_everything_there(
 ) -> None:
     make_shards(remote.path("shards"), train=[9, 7, 8])
     data, out = remote.uri("shards"), remote.uri("out")
-    config = tiny_run(cache=str(tmp_path / "cache"), window=1)
+    config = tiny_run(cache=str(tmp_path / "cache"), shuffle_window=1)
     config = with_tokenizer(config, ShardIndex.read(data), out)
     remote.requests.clear()
-    run(config, data, out, HERE, Hooks(say=lambda line: None))
+    run(config, data, out, HERE, Hooks(log=lambda line: None))
     lines: list[str] = []
     longer = replace(config, optim=replace(config.optim, epochs=3))
-    run(longer, data, out, HERE, Hooks(say=lines.append))
+    run(longer, data, out, HERE, Hooks(log=lines.append))
     assert "goes on at step 6 from s3://corpus/out/checkpoints/epoch-00002" in lines[0]
     local = make_shards(tmp_path / "shards", train=[9, 7, 8])
     here = str(tmp_path / "out")
@@ -191,7 +192,7 @@ def test_a_run_reads_shards_from_object_storage_and_keeps_everything_there(
             str(tmp_path / "shards"),
             here,
             HERE,
-            Hooks(say=lambda line: None),
+            Hooks(log=lambda line: None),
         )
     remotely = load_file(remote.path("out") / "model" / "model.safetensors")
     assert all(

@@ -14,9 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import HBI, Encoded
-from hbi.training.contrast import backward, contrast, gather_rows, surface
+from hbi.training.contrast import backward, contrast, detach_tokens, gather_rows
 from hbi.training.optim import make_optimizer
-from hbi.training.parallel import Place, average_scalars, averaging, clip_gradients, parallelize, plain, whole
+from hbi.training.parallel import (
+    Process,
+    average_scalars,
+    averaging,
+    clip_gradients,
+    full_model,
+    full_tensor,
+    parallelize,
+)
+
+# _model, full_tensor
 from hbi.training.settings import ComputeSettings, OptimSettings
 from tests.support.training_shards import FRAMES, SIZE, tiny_model
 
@@ -86,7 +96,7 @@ def run_cases(rank: int, folder: str) -> None:
 
 def learn_split(rank: int, pieces: int) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """Gradients under FSDP2, their norm, and the weights after a step of the optimiser."""
-    place, settings = Place(rank, 4, torch.device("cpu")), ComputeSettings(parallel="fsdp", bf16=False)
+    place, settings = Process(rank, 4, torch.device("cpu")), ComputeSettings(parallel="fsdp", bf16=False)
     model = fresh_model()
     wrapped = parallelize(model, place, settings)
     optimizer = make_optimizer(model, OptimSettings(lr=1e-2))
@@ -94,10 +104,12 @@ def learn_split(rank: int, pieces: int) -> tuple[dict[str, Tensor], float, dict[
     cut = list(zip(*(tensor.tensor_split(pieces) for tensor in batch), strict=True))
     backward(lambda piece: wrapped(*piece), cut, LossSettings(), lambda on: averaging(wrapped, on))
     average_scalars(model, place, settings)
-    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        name: full_tensor(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     norm = clip_gradients(model, 1.0)
     optimizer.step()
-    return gradients, norm.item(), {name: t.clone() for name, t in plain(model).state_dict().items()}
+    return gradients, norm.item(), {name: t.clone() for name, t in full_model(model).state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +182,7 @@ class Largest(TorchDispatchMode):
 def test_in_chunks_the_pairwise_tensor_is_never_whole(chunk: int | None) -> None:
     clips = 24
     model = fresh_model()
-    encoded, _ = surface(model(*global_batch(clips)))
+    encoded, _ = detach_tokens(model(*global_batch(clips)))
     whole = clips * clips * WORDS * FRAMES
     with Largest() as largest:
         contrast(encoded, LossSettings(chunk=chunk, interaction=0.0))["loss"].backward()
@@ -195,7 +207,7 @@ def test_a_batch_without_a_clip_has_loss_zero_and_leaves_the_gradient_alone() ->
     assert all(not gradient.any() for gradient in gradients.values())
 
 
-def test_a_gradient_through_the_surface_is_the_plain_one(tmp_path: Path) -> None:
+def test_a_gradient_through_detached_tokens_is_the_plain_one(tmp_path: Path) -> None:
     batch, settings = global_batch(4), LossSettings()
     plain, cut = fresh_model(), fresh_model()
     encoded: Encoded = plain(*batch)

@@ -14,23 +14,15 @@ from hypothesis import strategies as st
 
 from hbi.infra import storage
 from hbi.pipelines.sample import ShardIndex, check_shards
-from hbi.training.data.loader import (
-    Loader,
-    Position,
-    ShardCache,
-    caption_number,
-    captions_of,
-    deal,
-    epoch_order,
-    index_digest,
-    scan,
-)
-from hbi.training.parallel import Place
+from hbi.training.data.loader import Loader
+from hbi.training.data.order import LoaderState, caption_number, epoch_order, partition
+from hbi.training.data.shards import ShardCache, captions_of, index_digest, scan
+from hbi.training.parallel import Process
 from tests.support.training_shards import FRAMES, SIZE, make_shards, sample, tiny_model, tiny_run, write_shard
 
 
-def place(rank: int = 0, world: int = 1) -> Place:
-    return Place(rank, world, torch.device("cpu"))
+def place(rank: int = 0, world: int = 1) -> Process:
+    return Process(rank, world, torch.device("cpu"))
 
 
 def ids_of(order: np.ndarray) -> list[tuple[int, int]]:
@@ -51,10 +43,10 @@ def everything(samples: list[int]) -> Counter:
 def test_each_sample_is_dealt_once_however_often_the_workers_change(samples, seed, window, data) -> None:
     order = epoch_order(samples, seed, 3, window)
     assert Counter(ids_of(order)) == everything(samples)
-    position, seen = Position(3), Counter()
+    position, seen = LoaderState(3), Counter()
     for _ in range(3):
         world, batch = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
-        left = position.left(order, world, batch)
+        left = position.remaining(order, world, batch)
         lengths = {len(rank) for rank in left}
         assert len(left) == world and len(lengths) == 1, "ranks must take the same number of steps"
         for step in range(data.draw(st.integers(0, lengths.pop()))):
@@ -62,24 +54,24 @@ def test_each_sample_is_dealt_once_however_often_the_workers_change(samples, see
                 assert len(rank[step]) <= -(-batch // world) + 1
                 seen.update(ids_of(rank[step]))
             position = position.advanced(world, batch)
-    for rank in position.left(order, 1, 4):
+    for rank in position.remaining(order, 1, 4):
         seen.update(i for batch_ids in rank for i in ids_of(batch_ids))
     assert seen == everything(samples)
 
 
 def test_the_same_workers_go_on_with_the_very_same_batches() -> None:
     order = epoch_order([7, 5, 9], 0, 0, 2)
-    unbroken = deal(order, 3, 4)
-    position = Position()
+    unbroken = partition(order, 3, 4)
+    position = LoaderState()
     for step in range(3):
-        left = position.left(order, 3, 4)
+        left = position.remaining(order, 3, 4)
         for rank in range(3):
             assert [ids.tolist() for ids in left[rank]] == [ids.tolist() for ids in unbroken[rank][step:]]
         position = position.advanced(3, 4)
 
 
 def test_a_rank_touches_its_own_shards_and_one_at_each_border() -> None:
-    order = epoch_order([10] * 16, 1, 0, window=1)
+    order = epoch_order([10] * 16, 1, 0, shuffle_window=1)
     touched = [{shard for shard, _ in ids_of(part)} for part in np.array_split(order, 4)]
     assert all(len(shards) <= 5 for shards in touched)
 
@@ -92,7 +84,7 @@ def test_the_order_changes_with_the_epoch_and_with_the_seed() -> None:
 
 
 def test_a_window_mixes_its_shards_and_no_others() -> None:
-    shards = epoch_order([20] * 6, 0, 0, window=2)[:, 0].reshape(3, 40)
+    shards = epoch_order([20] * 6, 0, 0, shuffle_window=2)[:, 0].reshape(3, 40)
     assert all(len(set(window.tolist())) == 2 and len(set(window[:10].tolist())) == 2 for window in shards)
 
 
@@ -106,10 +98,10 @@ def test_a_clip_shows_each_of_its_captions_once_before_any_again() -> None:
 
 
 def batches(
-    index: ShardIndex, position: Position | None = None, rank: int = 0, world: int = 1, **data
+    index: ShardIndex, position: LoaderState | None = None, rank: int = 0, world: int = 1, **data
 ) -> list:
     loader = Loader(index, tiny_run(**data), place(rank, world))
-    made = list(loader.batches(position or Position()))
+    made = list(loader.batches(position or LoaderState()))
     loader.close()
     return made
 
@@ -120,8 +112,8 @@ def test_loader_workers_change_nothing(tmp_path: Path) -> None:
     assert sum(len(batch.captions) for batch in alone) == 16
     loader = Loader(index, tiny_run(batch=6, workers=2), place())
     for epoch in range(2):  # the workers live on into the second epoch
-        expected = alone if epoch == 0 else batches(index, Position(1), batch=6)
-        for mine, theirs in zip(expected, loader.batches(Position(epoch)), strict=True):
+        expected = alone if epoch == 0 else batches(index, LoaderState(1), batch=6)
+        for mine, theirs in zip(expected, loader.batches(LoaderState(epoch)), strict=True):
             assert mine.captions == theirs.captions and mine.shards == theirs.shards
             assert torch.equal(mine.video, theirs.video) and torch.equal(mine.video_mask, theirs.video_mask)
     loader.close()
@@ -265,7 +257,7 @@ def test_remote_shards_are_fetched_once_and_the_oldest_dropped(tmp_path: Path, m
 
 def test_shards_to_come_are_asked_for_before_they_are_needed(tmp_path: Path) -> None:
     index = make_shards(tmp_path, train=[20, 20, 20])
-    loader = Loader(index, tiny_run(batch=2, window=1), place())
-    plan = loader._soon(deal(epoch_order([20, 20, 20], 0, 0, 1), 1, 2)[0])
+    loader = Loader(index, tiny_run(batch=2, shuffle_window=1), place())
+    plan = loader._soon(partition(epoch_order([20, 20, 20], 0, 0, 1), 1, 2)[0])
     asked = {shard: step for step, shards in enumerate(plan) for shard in shards}
     assert sorted(asked.values()) == [0, 0, 4], "sixteen batches of ten a shard ahead"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hbi.infra.mlflow import registry
+from hbi.infra.mlflow import store as stores
 from hbi.infra.mlflow.tracker import png
 from hbi.model.hbi import HBI
 from hbi.model.levels import LEVELS
@@ -22,9 +23,13 @@ from hbi.model.tokenizer import tokenize, train_tokenizer
 from hbi.model.weights import load_model, save_model
 from hbi.pipelines.sample import Sample, ShardIndex, read_shard
 from hbi.serving.package import PACKAGE
+from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.figures import recall_figure, similarity_figure
-from hbi.training.evaluate.retrieval import EvalProtocol, evaluate, evaluate_command, table
-from hbi.training.parallel import Place
+from hbi.training.evaluate.retrieval import EvalResult, evaluate, evaluate_named
+from hbi.training.evaluate.table import table
+from hbi.training.init import ModelSource
+from hbi.training.parallel import Process
+from hbi.training.settings import EvalProtocol
 from tests.model.test_published import LISTING, rescaled, state_of
 from tests.support.mlflow_store import fresh_store
 from tests.support.s3 import object_storage
@@ -66,6 +71,14 @@ def all_samples(folder: Path, split: str) -> Iterator[Sample]:
         yield from read_shard(io.BytesIO(tar.read_bytes()))
 
 
+def measured(
+    model: HBI, tokenizer: Any, shards: str | ShardIndex, split: str, protocol: EvalProtocol | None = None
+) -> EvalResult:
+    index = shards if isinstance(shards, ShardIndex) else ShardIndex.read(shards)
+    encoder = SplitEncoder(model, tokenizer, index, Process.current(), protocol or EvalProtocol())
+    return evaluate(encoder, split)
+
+
 @torch.no_grad()
 def by_hand(
     model: HBI, tokenizer: Any, samples: list[Sample], paragraph: bool = False, level: str = "entity"
@@ -94,7 +107,7 @@ def by_hand(
 def test_every_clip_against_every_caption(folder: Path, model: HBI, tokenizer: Any, paragraph: bool) -> None:
     protocol = EvalProtocol(paragraph=paragraph, batch=3, chunk=4)
     model.train()
-    found = evaluate(model, tokenizer, str(folder / "shards"), "test", protocol)
+    found = measured(model, tokenizer, str(folder / "shards"), "test", protocol)
     assert model.training
     expected, owners = by_hand(
         model.eval(), tokenizer, list(all_samples(folder / "shards", "test")), paragraph
@@ -112,7 +125,7 @@ def test_every_clip_against_every_caption(folder: Path, model: HBI, tokenizer: A
 def test_rates_mix_the_levels(folder: Path, model: HBI, tokenizer: Any) -> None:
     samples = list(all_samples(folder / "shards", "val"))
     protocol = EvalProtocol(rates=(0.5, 0.3, 0.2))
-    found = evaluate(model, tokenizer, str(folder / "shards"), "val", protocol)
+    found = measured(model, tokenizer, str(folder / "shards"), "val", protocol)
     levels = [by_hand(model, tokenizer, samples, level=level)[0] for level in LEVELS]
     expected = sum(rate * scores for rate, scores in zip(protocol.rates, levels, strict=True))
     assert found.similarity is not None
@@ -121,8 +134,8 @@ def test_rates_mix_the_levels(folder: Path, model: HBI, tokenizer: Any) -> None:
 
 def test_corrections_are_named(folder: Path, model: HBI, tokenizer: Any) -> None:
     protocol = EvalProtocol(dsl=True, qbnorm=4)
-    found = evaluate(model, tokenizer, str(folder / "shards"), "test", protocol).metrics
-    plain = evaluate(model, tokenizer, str(folder / "shards"), "test").metrics
+    found = measured(model, tokenizer, str(folder / "shards"), "test", protocol).metrics
+    plain = measured(model, tokenizer, str(folder / "shards"), "test").metrics
     for way in ("t2v", "v2t"):
         for kind in ("", "+dsl", "+qbnorm"):
             assert 0 <= found[f"test/{way}{kind}/R@1"] <= 100
@@ -139,10 +152,10 @@ def rank_work(rank: int, world: int, folder: str) -> None:
     from hbi.model.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(f"{folder}/model"), load_tokenizer(f"{folder}/model")
-    place, results = Place.here(), {}
+    results = {}
     for split in ("test", "val", "few"):  # `few` has fewer clips than ranks
         protocol = EvalProtocol(batch=2, chunk=3, dsl=True, qbnorm=2)
-        found = evaluate(model, tokenizer, f"{folder}/shards", split, protocol, place)
+        found = measured(model, tokenizer, f"{folder}/shards", split, protocol)
         assert (found.similarity is not None) == (rank == 0)
         scores = {} if found.similarity is None else {"similarity": found.similarity}
         results[split] = {"metrics": found.metrics, "ids": found.ids, "of": found.video_of_text, **scores}
@@ -158,7 +171,7 @@ def test_two_ranks_find_what_one_finds(folder: Path, tmp_path: Path, model: HBI,
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     for split in ("test", "val", "few"):
         protocol = EvalProtocol(dsl=True, qbnorm=2)
-        alone = evaluate(model, tokenizer, str(tmp_path / "shards"), split, protocol)
+        alone = measured(model, tokenizer, str(tmp_path / "shards"), split, protocol)
         assert alone.similarity is not None
         torch.testing.assert_close(ranks[0][split]["similarity"], alone.similarity, rtol=1e-4, atol=1e-5)
         for rank in ranks:
@@ -173,10 +186,10 @@ def test_what_cannot_be_read_is_counted_or_refused(tmp_path: Path, model: HBI, t
     whole = (tmp_path / "val-000001.tar").read_bytes()
     (tmp_path / "val-000001.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "val-000002.tar").unlink()
-    found = evaluate(model, tokenizer, index, "val").metrics
+    found = measured(model, tokenizer, index, "val").metrics
     assert found["val/unread"] + found["val/videos"] == 9 and 3 <= found["val/unread"] <= 5
     with pytest.raises(ValueError, match=r"clips of val cannot be read \(val-000001\.tar"):
-        evaluate(model, tokenizer, index, "val", strict=True)
+        evaluate(SplitEncoder(model, tokenizer, index, Process.current()), "val", strict=True)
 
 
 def test_a_broken_picture_and_too_many_frames(tmp_path: Path, model: HBI, tokenizer: Any) -> None:
@@ -184,7 +197,7 @@ def test_a_broken_picture_and_too_many_frames(tmp_path: Path, model: HBI, tokeni
     broken = replace(sample(1), frames=[b"no picture"] * 4)
     cut = replace(sample(3), frames=sample(3).frames[:2])  # what a tar cut between two pictures leaves
     write_shard(tmp_path / "val-000000.tar", [sample(0), broken, sample(2, frames=6), cut])
-    found = evaluate(model, tokenizer, index, "val").metrics
+    found = measured(model, tokenizer, index, "val").metrics
     assert found["val/videos"] == 1 and found["val/unread"] == 3
 
 
@@ -192,23 +205,23 @@ def test_refusals(tmp_path: Path, folder: Path, model: HBI, tokenizer: Any) -> N
     index = make_shards(tmp_path / "bare", val=[1])
     write_shard(tmp_path / "bare" / "val-000000.tar", [sample(0, captions=[" "])])
     with pytest.raises(ValueError, match="no clip of split 'val' has a caption"):
-        evaluate(model, tokenizer, index, "val")
+        measured(model, tokenizer, index, "val")
     with pytest.raises(ValueError, match="no samples in split 'test'"):
-        evaluate(model, tokenizer, index, "test")
+        measured(model, tokenizer, index, "test")
     with pytest.raises(ValueError, match="made with frames 3"):
-        evaluate(model, tokenizer, make_shards(tmp_path / "three", frames=3, val=[1]), "val")
+        measured(model, tokenizer, make_shards(tmp_path / "three", frames=3, val=[1]), "val")
     for wrong in ({"rates": (0.0, 0.0, 0.0)}, {"batch": 0}, {"chunk": 0}, {"qbnorm": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvalProtocol(**wrong)
 
 
 def test_the_command_takes_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate_command(str(folder / "model"), str(folder / "shards"), "val", device="cpu")
+    found = evaluate_named(ModelSource(str(folder / "model")), str(folder / "shards"), "val", device="cpu")
     assert found["val/videos"] == 4 and 0 <= found["val/t2v/R@1"] <= 100
     with pytest.raises(ValueError, match="not a model folder"):
-        evaluate_command(str(folder), str(folder / "shards"), "val")
+        evaluate_named(ModelSource(str(folder)), str(folder / "shards"), "val")
     with pytest.raises(ValueError, match="not a shard folder"):
-        evaluate_command(str(folder / "model"), str(folder), "val")
+        evaluate_named(ModelSource(str(folder / "model")), str(folder), "val")
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -216,27 +229,28 @@ def test_the_command_takes_a_published_checkpoint(folder: Path, tmp_path: Path) 
     sizes = rescaled(LISTING["shapes"], width=32, patch=8, grid=2, layers=(1, 1, 1), predictor=4)
     state = {name: torch.from_numpy(value) for name, value in state_of(sizes).items()}
     torch.save(state, tmp_path / "published.bin")
-    command = partial(evaluate_command, str(tmp_path / "published.bin"), str(folder / "shards"), "val")
-    found = command(tokenizer=str(folder / "model"), words=12, device="cpu")
+    command = partial(evaluate_named, shards=str(folder / "shards"), split="val", device="cpu")
+    published = ModelSource(str(tmp_path / "published.bin"), tokenizer=str(folder / "model"), words=12)
+    found = command(published)
     assert found["val/videos"] == 4 and found["val/unread"] == 0
     with pytest.raises(
         ValueError, match=r"name a folder with CLIP's tokenizer\.json \(hbi evaluate --tokenizer"
     ):
-        command(device="cpu")
+        command(replace(published, tokenizer=None))
     (tmp_path / "other.bin").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"other\.bin cannot be read"):
-        evaluate_command(str(tmp_path / "other.bin"), str(folder / "shards"), "val")
+        evaluate_named(ModelSource(str(tmp_path / "other.bin")), str(folder / "shards"), "val")
 
 
 def test_the_command_takes_a_registered_model_and_s3(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = fresh_store(tmp_path / "store")
-    run = registry.client(uri).create_run(registry.experiment_id(uri, "exp")).info.run_id
+    run = stores.client(uri).create_run(stores.experiment_id(uri, "exp")).info.run_id
     registry.log_and_register(folder / "model", run, uri, PACKAGE, registry.NewVersion(alias="champion"))
-    plain = evaluate_command(str(folder / "model"), str(folder / "shards"), "val", device="cpu")
+    plain = evaluate_named(ModelSource(str(folder / "model")), str(folder / "shards"), "val", device="cpu")
     assert (
-        evaluate_command("models:/hbi@champion", str(folder / "shards"), "val", tracking=uri, device="cpu")
+        evaluate_named(ModelSource("models:/hbi@champion", uri), str(folder / "shards"), "val", device="cpu")
         == plain
     )
     monkeypatch.setenv("HBI_CACHE", str(tmp_path / "cache"))
@@ -247,7 +261,10 @@ def test_the_command_takes_a_registered_model_and_s3(
             for file in (folder / room).iterdir():
                 remote.put(f"{room}/{file.name}", file.read_bytes())
         for _ in range(2):  # fetched, then from the cache
-            assert evaluate_command(remote.uri("model"), remote.uri("shards"), "val", device="cpu") == plain
+            assert (
+                evaluate_named(ModelSource(remote.uri("model")), remote.uri("shards"), "val", device="cpu")
+                == plain
+            )
         weights = [
             request
             for request in remote.requests
@@ -257,6 +274,6 @@ def test_the_command_takes_a_registered_model_and_s3(
 
 
 def test_pictures(folder: Path, model: HBI, tokenizer: Any) -> None:
-    found = evaluate(model, tokenizer, ShardIndex.read(str(folder / "shards")), "test")
+    found = measured(model, tokenizer, ShardIndex.read(str(folder / "shards")), "test")
     for figure in (similarity_figure(found, "test"), recall_figure(found, "test")):
         assert png(figure).startswith(b"\x89PNG\r\n")

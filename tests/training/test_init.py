@@ -12,23 +12,23 @@ from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import Checkpoints
-from hbi.training.init import START, with_start
+from hbi.training.init import INIT, with_init
 from hbi.training.loop import Hooks, Training
-from hbi.training.parallel import Place
-from hbi.training.run import tokenizer_of, with_tokenizer
+from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
+from hbi.training.tokenizers import tokenizer_of, with_tokenizer
 from tests.model.test_published import LISTING, rescaled, state_of
 from tests.support.training_shards import FRAMES, SIZE, make_shards, tiny_model, tiny_run
 
 
 def begun(config: TrainConfig, index: ShardIndex, out: Path) -> Training:
     """The run as `train` sets it up, before its first step."""
-    config = with_tokenizer(with_start(config, str(out), None), index, str(out))
-    place = Place.here()
+    config = with_tokenizer(with_init(config, str(out), None), index, str(out))
+    place = Process.current()
     checkpoints = Checkpoints(str(out / "checkpoints"), 1, "val/t2v/R@1", place)
-    start = str(out / START) if config.start else ""
-    quiet = Hooks(say=lambda line: None)
-    return Training(config, index, tokenizer_of(config, str(out)), checkpoints, place, quiet, start)
+    start = str(out / INIT) if config.init_from else ""
+    quiet = Hooks(log=lambda line: None)
+    return Training(config, index, tokenizer_of(config, str(out)), checkpoints, quiet, start)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def other(tmp_path: Path) -> Path:
 def test_a_run_begins_with_the_weights_sizes_and_tokenizer_of_a_model_folder(other: Path, tmp_path: Path):
     index = make_shards(tmp_path / "shards", train=[9])
     base = tiny_run()
-    config = replace(base, start=str(other), model=replace(base.model, checkpointing=True))
+    config = replace(base, init_from=str(other), model=replace(base.model, checkpointing=True))
     words = load_tokenizer(other).get_vocab()
     weights = load_model(other)
     training = begun(config, index, tmp_path / "a")
@@ -67,7 +67,7 @@ def test_a_run_begins_with_a_published_checkpoint(other: Path, tmp_path: Path):
     index = make_shards(tmp_path / "shards", train=[9])
     config = replace(
         tiny_run(),
-        start=str(tmp_path / "published.bin"),
+        init_from=str(tmp_path / "published.bin"),
         model=ModelConfig(backbone=str(other), words=12, frames=FRAMES),
     )
     training = begun(config, index, tmp_path / "a")
@@ -87,4 +87,4 @@ def test_a_run_begins_with_a_published_checkpoint(other: Path, tmp_path: Path):
 def test_what_is_no_model_is_said_in_one_line(tmp_path: Path):
     index = make_shards(tmp_path / "shards", train=[2])
     with pytest.raises(ValueError, match=r"^[^\n]*nowhere[^\n]*$"):
-        begun(replace(tiny_run(), start=str(tmp_path / "nowhere")), index, tmp_path / "a")
+        begun(replace(tiny_run(), init_from=str(tmp_path / "nowhere")), index, tmp_path / "a")

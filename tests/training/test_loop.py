@@ -16,11 +16,12 @@ from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.training import loop
 from hbi.training.checkpoint import Checkpoints, Progress
-from hbi.training.loop import Hooks, Stopped, Training
-from hbi.training.parallel import Place
-from hbi.training.run import run, tokenizer_of, with_tokenizer
+from hbi.training.loop import Hooks, Training, TrainingAborted
+from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
 from hbi.training.throughput import flops_per_clip
+from hbi.training.tokenizers import tokenizer_of, with_tokenizer
+from hbi.training.worker import run
 from tests.support.training_shards import make_shards, sample, tiny_run, write_shard
 
 
@@ -46,8 +47,8 @@ def train(config: TrainConfig, shards: Path, out: Path, **hooks: Any) -> dict[st
     from hbi.pipelines.sample import ShardIndex
 
     config = with_tokenizer(config, ShardIndex.read(str(shards)), str(out))
-    hooks = {"say": lambda line: None, **hooks}
-    return run(config, str(shards), str(out), Place.here(), Hooks(**hooks))
+    hooks = {"log": lambda line: None, **hooks}
+    return run(config, str(shards), str(out), Process.current(), Hooks(**hooks))
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ def test_it_learns_and_says_how_far_it_is(shards: Path, tmp_path: Path) -> None:
     def track(metrics: dict, step: int) -> None:
         losses[step] = metrics
 
-    train(config, shards, tmp_path / "out", say=lines.append, track=track)
+    train(config, shards, tmp_path / "out", log=lines.append, track=track)
     tracked = [losses[step]["train/loss"] for step in sorted(losses) if "train/loss" in losses[step]]
     assert len(tracked) == 30 and sum(tracked[-3:]) < 0.7 * sum(tracked[:3])
     assert lines[0].startswith("tiny starts: 24 clips, 30 steps of 8, 1 x cpu in float32")
@@ -91,7 +92,7 @@ def test_a_broken_off_run_ends_with_the_weights_of_an_unbroken_one(
     with pytest.raises(Killed):
         train(config, shards, tmp_path / "broken", track=killed_at(step))
     lines: list[str] = []
-    train(config, shards, tmp_path / "broken", say=lines.append)
+    train(config, shards, tmp_path / "broken", log=lines.append)
     assert ("starts" if step == 2 else "goes on at step 3") in lines[0]
     assert same(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 
@@ -146,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_shards_and_checkpoint(
 
     monkeypatch.setattr(loop, "backward", backward)
     with pytest.raises(
-        Stopped, match=r"step 5: loss nan.*train-00000\d.tar.*epoch-00001-step-00000003.*optim.lr"
+        TrainingAborted, match=r"step 5: loss nan.*train-00000\d.tar.*epoch-00001-step-00000003.*optim.lr"
     ):
         train(tiny_run(), shards, tmp_path / "out")
     latest = max((tmp_path / "out" / "checkpoints").iterdir())
@@ -165,7 +166,8 @@ def test_damage_is_passed_over_up_to_the_limit_and_counted(shards: Path, tmp_pat
     train(config, shards, tmp_path / "out", track=track)
     assert metrics[6]["data/unread_samples"] == 14, "seven clips, in each of two epochs"
     with pytest.raises(
-        Stopped, match=r"more than --set.data.bad-samples 2: train-000001.tar .*FileNotFound.*hbi shard"
+        TrainingAborted,
+        match=r"more than --set.data.bad-samples 2: train-000001.tar .*FileNotFound.*hbi shard",
     ):
         train(tiny_run(bad_samples=2), shards, tmp_path / "other")
 
@@ -183,10 +185,10 @@ def test_another_model_or_other_shards_are_refused_with_what_differs(shards: Pat
     config, out = tiny_run(), tmp_path / "out"
     train(config, shards, out)
     other = replace(config, model=replace(config.model, temporal_layers=2))
-    with pytest.raises(Stopped, match=r"model.temporal_layers 1 there, 2 here.*another --out"):
+    with pytest.raises(TrainingAborted, match=r"model.temporal_layers 1 there, 2 here.*another --out"):
         train(other, shards, out)
     make_shards(tmp_path / "more", train=[9, 7, 9])
-    with pytest.raises(Stopped, match="other shards"):
+    with pytest.raises(TrainingAborted, match="other shards"):
         train(config, tmp_path / "more", out)
     train(replace(config, model=replace(config.model, checkpointing=True)), shards, out)
 
@@ -195,7 +197,7 @@ def test_a_machine_that_is_about_to_go_gets_a_checkpoint(shards: Path, tmp_path:
     config = tiny_run()
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
     asked = iter([False, True])
-    train(config, shards, tmp_path / "out", ending=lambda: next(asked, False))
+    train(config, shards, tmp_path / "out", preempted=lambda: next(asked, False))
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept[0] == "epoch-00000-step-00000002"
 
@@ -210,6 +212,7 @@ def test_a_limit_of_steps_ends_the_run_inside_an_epoch(shards: Path, tmp_path: P
 
 
 def test_flops_are_those_that_torch_counts(shards: Path) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from hbi.model.config import ModelConfig
@@ -223,11 +226,12 @@ def test_flops_are_those_that_torch_counts(shards: Path) -> None:
         torch.zeros(2, config.frames, size, size, 3, dtype=torch.uint8),
         torch.ones(2, config.frames, dtype=torch.bool),
     )
-    with FlopCounterMode(display=False) as counter:
+    # The fused attention of a CPU is not counted by torch.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*batch)
     counted = counter.get_total_flops()
-    # The levels and the predictors are small beside the towers, and are left out of the estimate.
-    assert flops_per_clip(config) / 3 == pytest.approx(counted / 2, rel=0.2)
+    # The predictors are small beside the towers, and are left out of the estimate.
+    assert flops_per_clip(config) / 3 == pytest.approx(counted / 2, rel=0.15)
     assert flops_per_clip(config) / 3 < counted / 2
 
 
@@ -237,8 +241,6 @@ def test_a_training_needs_no_process_group(shards: Path, tmp_path: Path) -> None
     index, out = ShardIndex.read(str(shards)), str(tmp_path / "out")
     config = with_tokenizer(tiny_run(), index, out)
     assert not torch.distributed.is_initialized() and "RANK" not in os.environ
-    checkpoints = Checkpoints(out, 1, "val/t2v/R@1", Place.here())
-    training = Training(
-        config, index, tokenizer_of(config, out), checkpoints, Place.here(), Hooks(say=lambda line: None)
-    )
+    checkpoints = Checkpoints(out, 1, "val/t2v/R@1", Process.current())
+    training = Training(config, index, tokenizer_of(config, out), checkpoints, Hooks(log=lambda line: None))
     assert training.fit() == Progress(6, training.progress.position, {})

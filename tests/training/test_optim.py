@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbi.model.hbi import HBI
-from hbi.training.optim import Average, make_optimizer, schedule, set_learning_rate
+from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.settings import OptimSettings, TrainConfig
 from tests.support.training_shards import tiny_model
 
@@ -44,7 +44,7 @@ def test_the_schedule_rises_falls_and_does_not_depend_on_epochs() -> None:
 def test_the_average_follows_its_formula_and_swaps_back() -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     expected = model.weight.detach().clone()
     for step in range(40):
         with torch.no_grad():

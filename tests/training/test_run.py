@@ -21,9 +21,12 @@ from torch import Tensor
 
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.loop import Hooks
-from hbi.training.parallel import Place
-from hbi.training.run import TrainResult, run, train, with_tokenizer
-from hbi.training.settings import RUNS, TrainConfig, WorkerSettings, description
+from hbi.training.parallel import Process
+from hbi.training.run import TrainResult, train
+from hbi.training.runs.table import RUNS, description
+from hbi.training.settings import TrainConfig, WorkerSettings
+from hbi.training.tokenizers import with_tokenizer
+from hbi.training.worker import run
 from tests.support.training_shards import make_shards, tiny_run
 
 STEPS_KEPT = 3
@@ -53,7 +56,7 @@ def rank_without_ray(rank: int, folder: str, out: str, epochs: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}-meet", rank=rank, world_size=2)
     config = with_tokenizer(config_of(epochs), ShardIndex.read(f"{folder}/shards"), out)
-    run(config, f"{folder}/shards", out, Place.here(), Hooks(say=lambda line: None))
+    run(config, f"{folder}/shards", out, Process.current(), Hooks(log=lambda line: None))
     dist.destroy_process_group()
 
 
@@ -95,7 +98,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
         if line.startswith("step 11/") and not again:
             kill_a_worker()
 
-    result = train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), say=say)
+    result = train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), log=say)
     assert result == TrainResult(str(unbroken / "killed" / "model"), result.metrics, None, None)
     assert result.metrics["val/videos"] == 4
     (again,) = resumed_at(lines)
@@ -103,7 +106,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     assert again >= max(before) - STEPS_KEPT and again >= 9
     assert same(weights(unbroken / "unbroken"), weights(unbroken / "killed"))
     # A run that is over is not run again.
-    assert train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), say=lines.append) == result
+    assert train(config_of(), str(unbroken / "shards"), str(unbroken / "killed"), log=lines.append) == result
     assert "this run is finished" in lines[-1]
 
 
@@ -148,7 +151,7 @@ def test_a_killed_driver_is_taken_up_by_the_next(unbroken: Path, ray_session) ->
     for process in left:  # Ray's own reaper is slow on a busy machine; they are this test's processes
         process.kill()
     assert steps_of(lines)[-1] == 8
-    train(config_of(), str(unbroken / "shards"), str(out), say=lines.append)
+    train(config_of(), str(unbroken / "shards"), str(out), log=lines.append)
     (again,) = resumed_at(lines)
     assert again >= 6
     assert same(weights(unbroken / "unbroken"), weights(out))
@@ -165,7 +168,7 @@ def test_what_cannot_go_on_says_why_in_one_line_and_is_not_tried_again(
     (tmp_path / "shards" / "train-000001.tar").unlink()
     lines: list[str] = []
     with pytest.raises(ValueError, match=r"samples could not be read.*train-000001.tar.*hbi shard") as caught:
-        train(config, str(tmp_path / "shards"), str(tmp_path / "out"), say=lines.append)
+        train(config, str(tmp_path / "shards"), str(tmp_path / "out"), log=lines.append)
     assert "\n" not in str(caught.value)
     assert sum("starts" in line for line in lines) == 1
 
@@ -183,7 +186,13 @@ def test_another_number_of_workers_goes_on_inside_the_epoch(unbroken: Path, tmp_
     def track(metrics: dict, step: int) -> None:
         clips.append(metrics["data/clips"])
 
-    run(config, str(unbroken / "shards"), str(out), Place.here(), Hooks(say=lambda line: None, track=track))
+    run(
+        config,
+        str(unbroken / "shards"),
+        str(out),
+        Process.current(),
+        Hooks(log=lambda line: None, track=track),
+    )
     assert sum(clips) == 49 - 2 * 3 * 4, "three steps of two ranks with four clips each are done"
 
 
@@ -192,7 +201,7 @@ def ranks_until_killed(rank: int, folder: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}-meet", rank=rank, world_size=2)
     config = with_tokenizer(config_of(1), ShardIndex.read(f"{folder}/shards"), out)
     config = replace(config, optim=replace(config.optim, steps=3))
-    run(config, f"{folder}/shards", out, Place.here(), Hooks(say=lambda line: None))
+    run(config, f"{folder}/shards", out, Process.current(), Hooks(log=lambda line: None))
     dist.destroy_process_group()
 
 

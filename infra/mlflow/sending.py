@@ -1,0 +1,103 @@
+"""What a run said, sent to its MLflow store: batches of events, artifacts, and what an earlier process left behind."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hbi.infra.mlflow.outbox import Event, Outbox
+from hbi.infra.mlflow.store import client, first_line, mlflow_name, require_alive, shown
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+UPLOAD_TRIES = 3
+"""Tries of an artifact that fails while the server answers."""
+METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
+PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 8000
+"""MLflow's limits on one request and on one value."""
+
+
+def send(store: "MlflowClient", run_id: str, events: list[Event], outbox: Outbox) -> None:
+    """Sends events to a run. Raises when the store is away; what the store refuses is said, and not tried again."""
+    from mlflow.entities import Metric, RunTag
+
+    metrics = [
+        Metric(mlflow_name(key), value, round(event["time"] * 1000), event["step"])
+        for event in events
+        if event["kind"] == "metrics"
+        for key, value in event["values"].items()
+    ]
+    for first in range(0, len(metrics), METRICS_PER_REQUEST):
+        store.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+    params = {
+        key: value for event in events if event["kind"] == "params" for key, value in event["values"].items()
+    }
+    tags = {
+        key: value for event in events if event["kind"] == "tags" for key, value in event["values"].items()
+    }
+    tags |= _send_params(store, run_id, params)
+    pairs = [RunTag(mlflow_name(key), value[:TAG_CHARACTERS]) for key, value in tags.items()]
+    for first in range(0, len(pairs), PARAMS_PER_REQUEST):
+        store.log_batch(run_id, tags=pairs[first : first + PARAMS_PER_REQUEST])
+    for event in events:
+        if event["kind"] == "artifact":
+            _send_artifact(store, run_id, event, outbox)
+        elif event["kind"] == "status":
+            store.set_terminated(run_id, event["status"], round(event["time"] * 1000))
+
+
+def _send_params(store: "MlflowClient", run_id: str, params: dict[str, str]) -> dict[str, str]:
+    """Sends settings; returns as tags those that the run has with another value (MLflow's parameters are final)."""
+    from mlflow.entities import Param
+
+    wanted = {mlflow_name(key): value[:PARAM_CHARACTERS] for key, value in params.items()}
+    held = store.get_run(run_id).data.params if wanted else {}
+    new = [Param(key, value) for key, value in wanted.items() if key not in held]
+    for first in range(0, len(new), PARAMS_PER_REQUEST):
+        store.log_batch(run_id, params=new[first : first + PARAMS_PER_REQUEST])
+    return {f"resumed/{key}": value for key, value in wanted.items() if held.get(key, value) != value}
+
+
+def _send_artifact(store: "MlflowClient", run_id: str, event: Event, outbox: Outbox) -> None:
+    """Uploads a file or folder. One that fails comes again later, behind what else waits, and then is given up."""
+    path = Path(event["path"])
+    try:
+        if path.is_dir():
+            folder = "/".join(part for part in (event["folder"], path.name) if part)
+            store.log_artifacts(run_id, str(path), folder)
+        elif path.exists():
+            store.log_artifact(run_id, str(path), event["folder"])
+        elif outbox.files not in path.parents:  # a picture that is gone was sent by an earlier try
+            tell(f"{path} was gone before it could be sent")
+    except Exception as error:
+        tries = event.get("tries", 0) + 1
+        if tries < UPLOAD_TRIES:
+            outbox.write([event | {"tries": tries}])
+            return
+        tell(f"{path} could not be sent ({first_line(error)}): given up after {tries} tries")
+    outbox.forget_file(path)
+
+
+def replay(path: str | Path, uri: str) -> int:
+    """Sends what a run left in its outbox, and returns how many records that were. ValueError if the store is away."""
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{path}: no such outbox: nothing is left to send, or it lies elsewhere")
+    outbox = Outbox(file)
+    count = outbox.waiting
+    try:
+        require_alive(uri)
+        store = client(uri)
+        for batch in outbox.batches():
+            send(store, file.stem, batch, outbox)
+    except Exception as error:
+        raise ValueError(
+            f"{shown(uri)} does not take {path} ({first_line(error)}): it stays as it is"
+        ) from error
+    outbox.close()
+    return count
+
+
+def tell(what: str) -> None:
+    """A line about tracking, on standard error."""
+    print(f"tracking: {what}", file=sys.stderr, flush=True)

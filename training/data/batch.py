@@ -1,0 +1,141 @@
+"""From tars to the frames and captions of a rank's part of a step."""
+
+import io
+import json
+import logging
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hbi.pipelines.sample import ShardIndex
+from hbi.training.data.order import caption_number
+from hbi.training.data.shards import Entry, ShardCache, scan
+from hbi.training.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """The samples of one rank in one step."""
+
+    video: UInt8[Tensor, "batch frames height width 3"]
+    """Frames as they were shot; the model normalises them on its device."""
+    video_mask: Bool[Tensor, "batch frames"]
+    """True where a frame is present."""
+    captions: list[str]
+    """One for each clip."""
+    shards: list[str]
+    """The shards that were read, each once."""
+    bad: list[tuple[str, str]]
+    """(shard, reason) of each sample that could not be read."""
+    uncaptioned: int
+    """Clips left out because they have no caption."""
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader: page-locked frames travel to the device while it computes."""
+        return replace(self, video=self.video.pin_memory(), video_mask=self.video_mask.pin_memory())
+
+
+class ClipDataset(Dataset):
+    """Reads batches: `clips[epoch, ids, soon]`. Runs in the loader workers; holds nothing until first used."""
+
+    def __init__(self, index: ShardIndex, config: TrainConfig, cache: str):
+        self.shards = index.of_split(config.data.split)
+        self.paths = [index.path(shard) for shard in self.shards]
+        self.settings, self.seed = config.data, config.seed
+        self.frames, self.size = config.model.frames, config.model.towers.image_size
+        self.cache = ShardCache(cache, keep=3 * config.data.shuffle_window)
+        self.opened: OrderedDict[int, tuple[io.FileIO, list[Entry]]] = OrderedDict()
+
+    def __getitem__(self, request: tuple[int, Int[np.ndarray, "_ 2"], list[int]]) -> Batch:
+        epoch, ids, soon = request
+        if soon:
+            threading.Thread(target=self._fetch, args=(soon,), daemon=True).start()
+        videos, captions, bad = [], [], []
+        for shard, number in ids.tolist():
+            try:
+                frames, caption = self.read(shard, number, epoch)
+            except Exception as error:  # whatever a damaged file makes a parser raise
+                bad.append((self.shards[shard].name, f"{type(error).__name__}: {error}"))
+                continue
+            if caption is not None:
+                videos.append(frames)
+                captions.append(caption)
+        video = torch.zeros(len(videos), self.frames, self.size, self.size, 3, dtype=torch.uint8)
+        mask = torch.zeros(len(videos), self.frames, dtype=torch.bool)
+        for i, frames in enumerate(videos):
+            video[i, : len(frames)] = torch.from_numpy(frames)
+            mask[i, : len(frames)] = True
+        names = [self.shards[s].name for s in dict.fromkeys(ids[:, 0].tolist())]
+        return Batch(video, mask, captions, names, bad, len(ids) - len(videos) - len(bad))
+
+    def read(self, shard: int, number: int, epoch: int) -> tuple[UInt8[np.ndarray, "f h w 3"], str | None]:
+        """Frames and the epoch's caption (None without captions, and then no frames are decoded)."""
+        file, samples = self._open(shard)
+        if number >= len(samples):
+            raise ValueError(
+                f"sample {number} of {self.shards[shard].samples} is not there: the tar is cut short"
+            )
+        key, members = samples[number]
+
+        def content(name: str) -> bytes:
+            offset, length = members[name]
+            return os.pread(file.fileno(), length, offset)
+
+        text = json.loads(content("json").decode("utf-8", "surrogateescape"))
+        captions = [caption for caption in text["captions"] if caption.strip()]
+        names = sorted(
+            (n for n in members if n.endswith((".jpg", ".jpeg"))), key=lambda n: int(n.split(".")[0])
+        )
+        if not 1 <= len(names) <= self.frames:
+            raise ValueError(f"{len(names)} frames, expected 1 to {self.frames}")
+        if len(names) != len(
+            text.get("timestamps", names)
+        ):  # a tar cut between two members reads as a shorter clip
+            raise ValueError(
+                f"{len(names)} of {len(text['timestamps'])} frames are there: the tar is cut short"
+            )
+        if not captions:
+            return np.empty((0, self.size, self.size, 3), np.uint8), None
+        video = np.empty((len(names), self.size, self.size, 3), np.uint8)
+        for i, name in enumerate(names):
+            image = np.asarray(Image.open(io.BytesIO(content(name))).convert("RGB"))
+            if image.shape != video.shape[1:]:
+                raise ValueError(
+                    f"a frame of {image.shape[1]}x{image.shape[0]}, expected {self.size}x{self.size}"
+                )
+            video[i] = image
+        if self.settings.paragraph:
+            return video, " ".join(captions)
+        return video, captions[caption_number(len(captions), self.seed, epoch, key)]
+
+    def _open(self, shard: int) -> tuple[io.FileIO, list[Entry]]:
+        """The shard's file and members: scanned once, the least recently used closed."""
+        if shard not in self.opened:
+            path = self.cache.path(self.paths[shard])
+            self.opened[shard] = (io.FileIO(path), scan(path))
+            if len(self.opened) > 2 * self.settings.shuffle_window:
+                self.opened.popitem(last=False)[1][0].close()
+        self.opened.move_to_end(shard)
+        return self.opened[shard]
+
+    def _fetch(self, shards: list[int]) -> None:
+        for shard in shards:
+            try:
+                self.cache.path(self.paths[shard])
+            except OSError as error:  # whoever needs the shard will fail on it, and be counted
+                logger.debug("%s: %s", self.paths[shard], error)
+
+    def close(self) -> None:
+        """Closes the shards that this process has open."""
+        while self.opened:
+            self.opened.popitem()[1][0].close()

@@ -1,0 +1,55 @@
+"""Runs on the made corpus, on a laptop: a few steps to see that everything is in place, and the demo."""
+
+from hbi.model.config import ModelConfig, TowerConfig
+from hbi.training.settings import (
+    ComputeSettings,
+    DataSettings,
+    EvaluateSettings,
+    OptimSettings,
+    TrackingSettings,
+    TrainConfig,
+    WorkerSettings,
+)
+
+
+def debug() -> TrainConfig:
+    """A few steps of a tiny model, to see that everything is in place.
+
+    Command: `hbi train debug --data SHARDS`, shards of `hbi shard MANIFEST SHARDS --frames 4 --size 32`.
+    No score is expected of it.
+    """
+    towers = TowerConfig(
+        image_size=32, patch_size=16, vision_width=32, vision_layers=1, vision_heads=2,
+        text_width=32, text_layers=1, text_heads=2, vocab_size=400, dim=32,
+    )  # fmt: skip
+    return TrainConfig(
+        name="debug",
+        model=ModelConfig(towers=towers, frames=4, temporal_layers=1, predictor_width=8),
+        data=DataSettings(batch=8, workers=0),
+        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, epochs=1, steps=20),
+        compute=ComputeSettings(bf16=False),
+        workers=WorkerSettings(cpus=0.5),
+        tracking=TrackingSettings(every_steps=1, register=False),
+    )
+
+
+def demo() -> TrainConfig:
+    """The made corpus of moving shapes, on two CPU workers over gloo.
+
+    Command: `hbi demo`, or `hbi train demo --data demo-out/shards`. No score is published for it: the corpus is ours,
+    and the demo asks for ten times chance. The towers are small and fresh, so they learn at the rate of the new layers.
+    """
+    towers = TowerConfig(
+        image_size=64, patch_size=16, vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=256,
+        text_width=128, text_layers=2, text_heads=2, text_mlp=256, vocab_size=512, context=32, dim=128,
+    )  # fmt: skip
+    return TrainConfig(
+        name="demo",
+        model=ModelConfig(towers=towers, words=32, frames=6, temporal_layers=2, checkpointing=True),
+        data=DataSettings(batch=64, workers=0),
+        optim=OptimSettings(lr=7e-4, backbone_lr=7e-4, weight_decay=0.05, epochs=12),
+        compute=ComputeSettings(bf16=False),
+        workers=WorkerSettings(count=2, cpus=0.5),
+        evaluate=EvaluateSettings(every_epochs=2),
+        tracking=TrackingSettings(alias="champion"),
+    )

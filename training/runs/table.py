@@ -1,0 +1,23 @@
+"""The named runs by name, and what each is."""
+
+import inspect
+
+from hbi.training.runs.demo import debug, demo
+from hbi.training.runs.retrieval import (
+    activitynet,
+    didemo,
+    lsmdc,
+    msrvtt,
+    msrvtt_published,
+    msvd,
+    vatex,
+)
+from hbi.training.settings import TrainConfig
+
+RECIPES = (debug, demo, msrvtt, msrvtt_published, msvd, activitynet, didemo, lsmdc, vatex)
+RUNS: dict[str, TrainConfig] = {config.name: config for config in (recipe() for recipe in RECIPES)}
+
+
+def description(run: str) -> str:
+    """What a named run is: its recipe's docstring."""
+    return inspect.getdoc(next(recipe for recipe in RECIPES if recipe().name == run)) or ""

@@ -1,0 +1,75 @@
+"""What the ranks measure in each step, summed over them and read late."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hbi.training.data.batch import Batch
+from hbi.training.parallel import Process
+
+logger = logging.getLogger(__name__)
+COUNTS = ("clips", "unread", "uncaptioned", "wait_seconds")
+
+
+class StepMetrics:
+    """The numbers of each step over all ranks, read late enough that no step waits for its own."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        self.shards: dict[int, list[str]] = {}
+        """Shards of this rank's batch, of the steps that are not read yet and the last one that is."""
+        self.damage: dict[str, tuple[int, str]] = {}
+        """Of each shard with samples that this rank could not read: how many, and the first reason."""
+        self.unread = self.uncaptioned = 0
+        self.sums: Counter[str] = Counter()
+        self.steps = 0
+
+    def add(self, step: int, batch: Batch, wait: float, losses: dict[str, Tensor], norm: Tensor) -> None:
+        """Adds the ranks' numbers of a step; one collective."""
+        for shard, reason in batch.bad:
+            count, first = self.damage.get(shard, (0, reason))
+            if not count:
+                logger.warning(
+                    "%s: passed over: %s (more of this shard is counted, not logged)", shard, reason
+                )
+            self.damage[shard] = (count + 1, first)
+        self.shards[step] = batch.shards
+        means = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]) / self.process.world_size
+        counts = torch.tensor(
+            [len(batch.captions), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype
+        )
+        values = self.process.all_reduce(torch.cat([means, counts.to(means.device)]))
+        names = [*losses, "gradient_norm", *COUNTS]
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self.pending.append((step, names, host, event))
+        else:
+            self.pending.append((step, names, values, None))
+
+    def read(self, keep: int = 0) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, its numbers) of all steps but the last `keep`, and takes them into the sums."""
+        while len(self.pending) > keep:
+            step, names, values, event = self.pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            numbers = dict(zip(names, values.tolist(), strict=True))
+            self.unread += round(numbers["unread"])
+            self.uncaptioned += round(numbers["uncaptioned"])
+            self.sums.update(numbers)
+            self.steps += 1
+            self.shards = {s: shards for s, shards in self.shards.items() if s >= step}
+            yield step, numbers
+
+    def take(self) -> tuple[dict[str, float], float, float]:
+        """Mean losses, clips, and seconds of waiting for data since the last call, over all ranks."""
+        sums, steps = self.sums, self.steps
+        self.sums, self.steps = Counter(), 0
+        means = {name: value / steps for name, value in sums.items() if name not in COUNTS}
+        return means, sums["clips"], sums["wait_seconds"]

@@ -1,0 +1,149 @@
+"""What each worker of a run does: the loop, then the chosen model measured and put in place."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbi.infra import storage
+from hbi.infra.mlflow.lineage import lineage
+from hbi.infra.mlflow.tracker import Tracker
+from hbi.model.hbi import HBI
+from hbi.model.weights import load_model
+from hbi.pipelines.sample import ShardIndex
+from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched
+from hbi.training.evaluate.encode import SplitEncoder
+from hbi.training.evaluate.figures import recall_figure, similarity_figure
+from hbi.training.evaluate.retrieval import evaluate
+from hbi.training.init import INIT
+from hbi.training.loop import Hooks, Training, TrainingAborted
+from hbi.training.parallel import Process
+from hbi.training.settings import TrainConfig, flatten
+from hbi.training.tokenizers import tokenizer_of
+
+CONFIG, MODEL, RUN_ID = "config.json", "model", "run-id.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told."""
+
+    config: TrainConfig
+    """The run."""
+    data: str
+    """Shards."""
+    out: str
+    """Where everything that the run makes lies."""
+    uri: str
+    """MLflow store; "" tracks nothing."""
+    lines: Any
+    """Ray queue for lines of progress."""
+
+
+def work(settings: dict[str, Any]) -> Any:
+    """What each worker does: (metrics, run id), or the reason why the run cannot go on, the same on all ranks."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    job: Job = settings["job"]
+    config, context = job.config, ray.train.get_context()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    process = Process.current(get_device())
+    try:
+        with _tracked(job, process) as tracker:
+            hooks = Hooks(
+                log=lambda line: job.lines.actor.put_nowait.remote(line),
+                track=tracker.metrics,
+                evaluate=evaluation(config, job.data, job.out, process, tracker),
+                preempted=lambda: ray.train.get_preemption_info() is not None,
+            )
+            metrics = run(config, job.data, job.out, process, hooks)
+            return metrics, tracker.run_id or None
+    except TrainingAborted as aborted:
+        return str(aborted)
+
+
+def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks) -> dict[str, float]:
+    """The whole run on this rank, with Ray and without: trains, then measures the best model and puts it in place."""
+    checkpoints = Checkpoints(
+        storage.join(out, "checkpoints"),
+        config.checkpoint.keep,
+        f"{_called(config, config.evaluate.select)}/{config.checkpoint.metric}",
+        process,
+    )
+    try:
+        training = Training(
+            config,
+            ShardIndex.read(data),
+            tokenizer_of(config, out),
+            checkpoints,
+            hooks,
+            storage.join(out, INIT) if config.init_from else "",
+        )
+    except ValueError as error:  # of settings, shards or checkpoints: the same on all ranks
+        raise TrainingAborted(str(error)) from error
+    training.fit()
+    best = checkpoints.best()
+    assert best is not None
+    metrics: dict[str, float] = {}
+    with fetched(best) as folder:
+        model = load_model(folder).to(process.device)
+        for split in config.evaluate.final:
+            metrics |= hooks.evaluate(model, split)
+        if process.first:
+            if metrics:
+                hooks.track(metrics, training.progress.step)
+            files = (file for file in folder.iterdir() if file.name not in (STATE, TRAINING))
+            storage.put_files(files, storage.join(out, MODEL), last=CONFIG)
+    process.barrier()
+    return metrics
+
+
+def evaluation(
+    config: TrainConfig, data: str, out: str, process: Process, tracker: Tracker
+) -> Callable[[HBI, str], dict[str, float]]:
+    """Measures a model on a split of the shards, on all ranks, and draws what it found on the first."""
+    index, tokenizer = ShardIndex.read(data), tokenizer_of(config, out)
+    have = {shard.split for shard in index.shards if shard.samples}
+
+    def measure(model: HBI, split: str) -> dict[str, float]:
+        if split not in have:
+            return {}
+        try:
+            encoder = SplitEncoder(model, tokenizer, index, process, config.protocol)
+            result = evaluate(encoder, split)
+        except ValueError as error:  # of the split: the same on all ranks
+            raise TrainingAborted(str(error)) from error
+        called = _called(config, split)
+        if process.first:
+            tracker.figure(f"{called}-similarity", similarity_figure(result, called))
+            tracker.figure(f"{called}-recall", recall_figure(result, called))
+        return {name.replace(split, called, 1): value for name, value in result.metrics.items()}
+
+    return measure
+
+
+def _called(config: TrainConfig, split: str) -> str:
+    """What metrics of a split are called: a choice made on the test split must show."""
+    return f"selected-on-{split}" if split == config.evaluate.select == "test" else split
+
+
+@contextlib.contextmanager
+def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
+    """The MLflow run of this training run: the same one when the run is taken up again."""
+    config, known = job.config, storage.join(job.out, RUN_ID)
+    enabled = config.tracking.enabled and process.first
+    run_id = storage.read_bytes(known).decode() if enabled and storage.exists(known) else None
+    spool = tempfile.gettempdir() if storage.is_remote(job.out) else job.out
+    spool = str(Path(spool) / "tracking")
+    with Tracker(job.uri, config.tracking.experiment, config.name, spool, run_id, enabled) as tracker:
+        if enabled:
+            storage.write_bytes(known, str(tracker.run_id).encode())
+            tracker.params(flatten(asdict(config)))
+            tracker.tags(lineage(job.data))
+        yield tracker
