@@ -10,7 +10,7 @@ import json
 import tarfile
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,47 +112,46 @@ def checkpoint_seconds(towers: str) -> dict[str, float]:
     return {"seconds": round(seconds, 3), "mebibytes": round(size / 2**20, 1)}
 
 
-def main(
-    clips: int = 512,
-    frames: int = 12,
-    size: int = 224,
-    batch: int = 16,
-    step_seconds: float = 0.2,
-    workers: tuple[int, ...] = (0, 1, 2, 4),
-    towers: tuple[str, ...] = ("small", "b32"),
-) -> None:
-    """Data wait by loader workers, and checkpoint time by towers.
+@dataclass(frozen=True)
+class Bench:
+    """What to measure: data wait by loader workers, and checkpoint time by towers."""
 
-    Args:
-        clips: In the made shards.
-        frames: Of a clip.
-        size: Of a frame.
-        batch: Clips in a step.
-        step_seconds: How long a step takes.
-        workers: Numbers of loader workers; 0 reads in the training process.
-        towers: small, b32 or b16: the models whose checkpoint is written.
-    """
-    results: dict[str, Any] = {}
-    sizes = replace(TOWERS["small"], image_size=size)
-    with tempfile.TemporaryDirectory() as folder:
-        index = make_shards(Path(folder), clips, frames, size)
-        for count in workers:
-            config = TrainConfig(
-                model=ModelConfig(towers=sizes, frames=frames), data=DataSettings(batch=batch, workers=count)
-            )
-            found = results[f"{count} workers"] = wait_share(index, config, step_seconds)
-            print(
-                f"{count} loader workers: a step waits {1000 * found['wait_seconds_per_step']:.0f} ms "
-                f"({found['wait_share']:.1%} of the time), {found['clips_per_second']} clips/s",
-                flush=True,
-            )
-    for name in towers:
-        found = results[f"checkpoint, {name}"] = checkpoint_seconds(name)
-        print(f"checkpoint of {name}: {found['seconds']} s, {found['mebibytes']} MiB", flush=True)
-    report("loading", results, clips=clips, frames=frames, size=size, batch=batch, step_seconds=step_seconds)
+    clips: int = 512
+    """In the made shards."""
+    frames: int = 12
+    """Of a clip."""
+    size: int = 224
+    """Of a frame."""
+    batch: int = 16
+    """Clips in a step."""
+    step_seconds: float = 0.2
+    """How long a step takes."""
+    workers: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of loader workers; 0 reads in the training process."""
+    towers: tuple[str, ...] = ("small", "b32")
+    """small, b32 or b16: the models whose checkpoint is written."""
+
+    def run(self) -> None:
+        results: dict[str, Any] = {}
+        model = ModelConfig(towers=replace(TOWERS["small"], image_size=self.size), frames=self.frames)
+        with tempfile.TemporaryDirectory() as folder:
+            index = make_shards(Path(folder), self.clips, self.frames, self.size)
+            for count in self.workers:
+                config = TrainConfig(model=model, data=DataSettings(batch=self.batch, workers=count))
+                found = results[f"{count} workers"] = wait_share(index, config, self.step_seconds)
+                print(
+                    f"{count} loader workers: a step waits {1000 * found['wait_seconds_per_step']:.0f} ms "
+                    f"({found['wait_share']:.1%} of the time), {found['clips_per_second']} clips/s",
+                    flush=True,
+                )
+        for name in self.towers:
+            found = results[f"checkpoint, {name}"] = checkpoint_seconds(name)
+            print(f"checkpoint of {name}: {found['seconds']} s, {found['mebibytes']} MiB", flush=True)
+        settings = {name: value for name, value in asdict(self).items() if name not in ("workers", "towers")}
+        report("loading", results, **settings)
 
 
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    tyro.cli(Bench, description=__doc__).run()

@@ -4,6 +4,7 @@ python -m benchmarks.similarity
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,35 +40,39 @@ def prepare(
     return run
 
 
-def main(
-    batches: tuple[int, ...] = (512, 2048),
-    words: int = 24,
-    frames: int = 12,
-    dim: int = 512,
-    chunks: tuple[int, ...] = (128,),
-    repeats: int = 1,
-    device: str = "",
-) -> None:
-    """Peak memory and time, whole and with each chunk, at each batch of pairs."""
-    device = device or best_device()
-    results: dict[str, Any] = {}
-    for batch in batches:
-        for chunk in (None, *chunks):
-            measured = measure(
-                prepare,
-                device=device,
-                repeats=repeats,
-                batch=batch,
-                words=words,
-                frames=frames,
-                dim=dim,
-                chunk=chunk,
-            )
-            name = "whole" if chunk is None else f"chunk_{chunk}"
-            results[f"batch_{batch}_{name}"] = measured.plain() | {"loss": measured.result}
-            print(f"batch {batch:5}  {name:10} {measured}", flush=True)
-    report("similarity", results, device=device, words=words, frames=frames, dim=dim, repeats=repeats)
+@dataclass(frozen=True)
+class Bench:
+    """What to measure: peak memory and time, whole and with each chunk, at each batch of pairs."""
+
+    batches: tuple[int, ...] = (512, 2048)
+    """Texts, and as many videos."""
+    words: int = 24
+    """Of a text."""
+    frames: int = 12
+    """Of a video."""
+    dim: int = 512
+    """Of a token."""
+    chunks: tuple[int, ...] = (128,)
+    """Texts and videos compared at once."""
+    repeats: int = 1
+    """Measured runs of each."""
+    device: str = ""
+    """cuda or cpu; empty: the best there is."""
+
+    def run(self) -> None:
+        device = self.device or best_device()
+        sizes = {"words": self.words, "frames": self.frames, "dim": self.dim}
+        results: dict[str, Any] = {}
+        for batch in self.batches:
+            for chunk in (None, *self.chunks):
+                measured = measure(
+                    prepare, device=device, repeats=self.repeats, batch=batch, chunk=chunk, **sizes
+                )
+                name = "whole" if chunk is None else f"chunk_{chunk}"
+                results[f"batch_{batch}_{name}"] = measured.plain() | {"loss": measured.result}
+                print(f"batch {batch:5}  {name:10} {measured}", flush=True)
+        report("similarity", results, device=device, repeats=self.repeats, **sizes)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(Bench, description=__doc__).run()

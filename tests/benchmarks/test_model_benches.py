@@ -67,7 +67,7 @@ def test_interaction(in_process: None, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_similarity(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    similarity.main(batches=(20,), dim=16, chunks=(6,), device="cpu")
+    similarity.Bench(batches=(20,), dim=16, chunks=(6,), device="cpu").run()
     results = last_line(capsys)
     assert results["batch_20_chunk_6"]["loss"] == pytest.approx(results["batch_20_whole"]["loss"], rel=1e-5)
 

@@ -1,0 +1,67 @@
+"""Every benchmark runs on a tiny size, as a user calls it, and finds what it is there to compare."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(name: str, *arguments: str) -> dict[str, Any]:
+    """The results of `python -m benchmarks.NAME`."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["bench"] == name and line["commit"]
+    return line["results"]
+
+
+def test_every_benchmark_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "report"}
+    called = {name for name in files if re.search(rf'bench\(\s*"{name}"|\b{name}\.(main|Bench)\(', tests)}
+    assert files == called
+
+
+def test_decoders(media: Path) -> None:
+    found = bench("decoders", "--media", str(media), "--only", "gif_bolt", "--repeats", "1")
+    assert found["by_codec"] and all(row["clips"] == 1 for row in found["by_codec"].values())
+
+
+def test_loading() -> None:
+    found = bench(
+        "loading", "--clips", "16", "--frames", "2", "--size", "32", "--batch", "4", "--step-seconds", "0.001",
+        "--workers", "0", "1", "--towers", "small",
+    )  # fmt: skip
+    assert found.keys() == {"0 workers", "1 workers", "checkpoint, small"}
+    assert found["checkpoint, small"]["mebibytes"] > 0
+
+
+def test_memory() -> None:
+    found = bench("memory", "--sizes", "20", "--repeats", "1")
+    assert found["by_clips"]["20"].keys() == {"driver", "worker", "decoder", "milliseconds_per_clip"}
+    assert all(value > 0 for value in found["by_clips"]["20"].values())
+
+
+def test_sharding() -> None:
+    found = bench("sharding", "--clips", "20", "--repeats", "1", "--samples-per-shard", "10")
+    assert found["rows"] == found["samples"] == 20 and found["same_bytes"]
+
+
+def test_step() -> None:
+    found = bench(
+        "step", "--batch", "2", "--frames", "2", "--words", "4", "--repeats", "1", "--cases", "ours"
+    )
+    assert found["ours"]["seconds"] > 0
+
+
+def test_tracking() -> None:
+    found = bench("tracking", "--calls", "3", "--step-milliseconds", "0.1")
+    assert {"none", "http, server dead: Tracker.metrics"} <= found.keys()
