@@ -111,10 +111,23 @@ def registered(installed: Installed) -> Installed:
     return installed
 
 
-def test_the_wheel_holds_one_name_and_the_page(installed: Installed) -> None:
-    names = zipfile.ZipFile(installed.wheel).namelist()
+def test_the_wheel_holds_one_name_and_every_file_that_the_code_reads(installed: Installed) -> None:
+    names = set(zipfile.ZipFile(installed.wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hbi"}
-    assert {"hbi/model/banzhaf.py", "hbi/serving/page/index.html", "hbi/commands/corpora.py"} <= set(names)
+    beside_the_code = {
+        str(path.relative_to(ROOT)) if room == "hbi" else f"hbi/{path.relative_to(ROOT)}"
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.is_file()
+        and path.suffix not in (".pyc", ".yaml", ".sbatch")
+        and "__pycache__" not in path.parts
+    }
+    assert {
+        "hbi/model/banzhaf.py",
+        "hbi/serving/page/index.html",
+        "hbi/commands/corpora.py",
+    } <= beside_the_code
+    assert beside_the_code <= names
 
 
 def test_commands_work_beside_a_users_own_files(installed: Installed) -> None:
