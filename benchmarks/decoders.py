@@ -24,9 +24,9 @@ import tyro
 from PIL import Image
 
 from benchmarks.report import report
-from hbi.model.frames import FrameSettings, choose, fit
+from hbi.model.frames import FrameSettings, resize_crop, sample_indices
 
-SETTINGS = FrameSettings(count=12, size=224)
+SETTINGS = FrameSettings(num_frames=12, size=224)
 THUMB = 56
 """Side of the pictures that are compared."""
 SAME = 1.0
@@ -38,8 +38,8 @@ def by_decord(data: bytes, aspect: float) -> list[np.ndarray]:
     import decord
 
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-    picks = choose(np.arange(len(reader)), SETTINGS)
-    frames = [fit(frame, SETTINGS.size, aspect) for frame in reader.get_batch(picks).asnumpy()]
+    picks = sample_indices(np.arange(len(reader)), SETTINGS)
+    frames = [resize_crop(frame, SETTINGS.size, aspect) for frame in reader.get_batch(picks).asnumpy()]
     reader.seek(0)
     return frames
 
@@ -62,15 +62,15 @@ def by_reference(data: bytes, aspect: float) -> list[np.ndarray]:
     """Every frame decoded in order, then the choice among them."""
     import av
 
-    from hbi.pipelines.decoding.clip import upright
+    from hbi.pipelines.decoding.clip import apply_display_matrix
 
     def frames() -> Any:
         with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
             yield from container.decode(container.streams.best("video"))
 
-    picks = set(choose(np.arange(sum(1 for _ in frames())), SETTINGS).tolist())
-    chosen = (upright(frame) for index, frame in enumerate(frames()) if index in picks)
-    return [fit(image, SETTINGS.size, 1 / aspect if turned else aspect) for image, turned in chosen]
+    picks = set(sample_indices(np.arange(sum(1 for _ in frames())), SETTINGS).tolist())
+    chosen = (apply_display_matrix(frame) for index, frame in enumerate(frames()) if index in picks)
+    return [resize_crop(image, SETTINGS.size, 1 / aspect if turned else aspect) for image, turned in chosen]
 
 
 DECODERS = {"decord": by_decord, "pyav": by_pyav, "ours": by_ours, "reference": by_reference}

@@ -24,10 +24,9 @@ import tyro
 
 from benchmarks.report import MEBIBYTE, ROOT, report
 from hbi.infra.ray_runtime import ray_running
-from hbi.model.frames import FrameSettings
 from hbi.pipelines.corpus.make import make_corpus
 from hbi.pipelines.sharding import run
-from hbi.pipelines.sharding.shards import ShardSettings
+from hbi.pipelines.sharding.settings import ShardSettings
 
 LOOK_SECONDS = 0.1
 VIDEOS = 50
@@ -35,7 +34,7 @@ VIDEOS = 50
 
 def drive(manifest: str, warm: str, folder: str) -> None:
     """The driver of one size: prints rows and seconds."""
-    settings = ShardSettings(FrameSettings(count=4, size=112))
+    settings = ShardSettings(frames=4, size=112)
     with ray_running():
         run.shard(warm, f"{folder}/warm", settings)
         summary = run.shard(manifest, f"{folder}/out", settings)

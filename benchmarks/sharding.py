@@ -30,12 +30,15 @@ from hbi.pipelines.decoding.clip import DecodeError, decode_clip
 from hbi.pipelines.decoding.decoder import encode_jpeg
 from hbi.pipelines.sample import Sample
 from hbi.pipelines.sharding import run
-from hbi.pipelines.sharding.plan import Unit, plan, read_unit
-from hbi.pipelines.sharding.shards import ShardSettings, ShardWriter
+from hbi.pipelines.sharding.plan import ShardPlan, plan, read_rows
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardWriter
 from hbi.pipelines.sharding.summary import Summary
 
 
-def bare_worker(out: str, settings: ShardSettings, units: "Queue[Unit | None]", ready: Barrier) -> None:
+def bare_worker(
+    out: str, settings: ShardSettings, shard_plans: "Queue[ShardPlan | None]", ready: Barrier
+) -> None:
     """Makes tars until there are no more."""
     encode_jpeg(np.zeros((8, 8, 3), np.uint8), 95)  # what is imported at first use
     import av
@@ -44,11 +47,11 @@ def bare_worker(out: str, settings: ShardSettings, units: "Queue[Unit | None]", 
     av.logging.set_level(None)
     decord.logging.set_level(decord.logging.QUIET)
     ready.wait()
-    while (unit := units.get()) is not None:
-        with Path(out, unit.name).open("wb") as stream, ShardWriter(stream) as writer:
-            for key, row in read_unit(out, unit):
+    while (shard_plan := shard_plans.get()) is not None:
+        with Path(out, shard_plan.name).open("wb") as stream, ShardWriter(stream) as writer:
+            for key, row in read_rows(out, shard_plan):
                 try:
-                    clip = decode_clip(row.video, settings.frames, row.start, row.end)
+                    clip = decode_clip(row.video, settings.frame_settings, row.start, row.end)
                 except DecodeError:
                     continue
                 jpegs = [encode_jpeg(frame, settings.jpeg_quality) for frame in clip.frames]
@@ -63,16 +66,16 @@ def bare_loop(manifest: str, out: str, settings: ShardSettings, processes: int) 
     """Seconds from the first clip to the last."""
     planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
     context = multiprocessing.get_context("spawn")
-    units: Queue[Unit | None] = context.Queue()
+    shard_plans: Queue[ShardPlan | None] = context.Queue()
     ready = context.Barrier(processes + 1)
     workers = [
-        context.Process(target=bare_worker, args=(out, settings, units, ready), daemon=True)
+        context.Process(target=bare_worker, args=(out, settings, shard_plans, ready), daemon=True)
         for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
-    for unit in [*planned.units, *[None] * processes]:
-        units.put(unit)
+    for shard_plan in [*planned.shards, *[None] * processes]:
+        shard_plans.put(shard_plan)
     ready.wait()
     begin = time.perf_counter()
     for worker in workers:

@@ -132,14 +132,13 @@ def run(settings: DemoSettings) -> None:
 
 
 def _shard(demo: Demo) -> None:
-    from hbi.model.frames import FrameSettings
     from hbi.pipelines.sharding.run import shard
-    from hbi.pipelines.sharding.shards import ShardSettings
+    from hbi.pipelines.sharding.settings import ShardSettings
     from hbi.training.runs.table import RUNS
 
     model = RUNS["demo"].model
     with demo.stage("shard", "Ray Data decodes them into WebDataset tars") as result:
-        settings = ShardSettings(FrameSettings(model.frames, model.towers.image_size))
+        settings = ShardSettings(frames=model.frames, size=model.towers.image_size)
         made = shard(demo.path("corpus/manifest.jsonl"), demo.path("shards"), settings)
         print(made)
         result.update(rows=made.rows, samples=made.samples, failures=made.rows - made.samples)

@@ -1,7 +1,7 @@
 """What the cluster that Ray runs on has: CPUs and GPUs, its nodes, and whether they see a path."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hbi.infra import storage
@@ -71,8 +71,8 @@ def require_shared(paths: Mapping[str, str]) -> None:
     for place in places.values():
         if not os.path.exists(place):  # noqa: PTH110
             os.makedirs(place)  # noqa: PTH103
-    here = {place: _stamp(place) for place in places.values()}
-    for node, there in _on_every_node(nodes, list(places.values())).items():
+    here = _stamps(list(places.values()))
+    for node, there in on_every_node(_stamps, list(places.values())).items():
         for name, place in places.items():
             if there[place] != here[place]:
                 raise ValueError(
@@ -87,38 +87,34 @@ def _is_local(path: str) -> bool:
     )
 
 
-def _stamp(place: str) -> tuple[int, int] | None:
-    """By what a file or folder is known again; None where there is none."""
-    try:
-        found = os.stat(place)  # noqa: PTH116
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def _stamps(places: list[str]) -> dict[str, tuple[int, int] | None]:
+    """By what files and folders are known again; None for what is not there."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for place in places:
+        try:
+            stat = os.stat(place)  # noqa: PTH116
+            found[place] = stat.st_size, stat.st_mtime_ns
+        except OSError:
+            found[place] = None
+    return found
 
 
-def _on_every_node(nodes: list[dict[str, Any]], places: list[str]) -> dict[str, dict[str, Any]]:
-    """The stamps of the places as each node sees them, by its address; nodes that die meanwhile are left out."""
+def on_every_node(function: Callable[..., Any], *arguments: object) -> dict[str, Any]:
+    """What a function returns on each node, by the node's address; nodes that die meanwhile are left out.
+
+    On a cluster of one node it is called here. Elsewhere it needs what it imports to be there.
+    """
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def look(places: list[str]) -> dict[str, tuple[int, int] | None]:
-        # Nothing of the project here: a node's Python may lack it.
-        import os
-
-        found: dict[str, tuple[int, int] | None] = {}
-        for place in places:
-            try:
-                stat = os.stat(place)  # noqa: PTH116
-                found[place] = stat.st_size, stat.st_mtime_ns
-            except OSError:
-                found[place] = None
-        return found
-
+    nodes = alive_nodes()
+    if len(nodes) == 1:
+        return {nodes[0]["NodeManagerAddress"]: function(*arguments)}
     asked = {
-        node["NodeManagerAddress"]: ray.remote(look)
+        f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})": ray.remote(function)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(places)
+        .remote(*arguments)
         for node in nodes
     }
     answers = {}

@@ -19,10 +19,42 @@ def _positive(owner: object, names: str) -> None:
             raise ValueError(f"{type(owner).__name__}.{name} is {value}, must be at least 1")
 
 
+def _share(owner: object, name: str) -> None:
+    if not 0 <= (value := getattr(owner, name)) < 1:
+        raise ValueError(f"{type(owner).__name__}.{name} is {value}, must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How a clip becomes a few square frames."""
+
+    num_frames: int = 12
+    """Most frames of a clip. A clip that has fewer gives fewer, never copies."""
+    size: int = 224
+    """Height and width of a frame in pixels."""
+    sampling: Literal["uniform", "fps", "segments"] = "uniform"
+    """`uniform`: evenly from the first frame to the last; `segments`: the centres of `num_frames` equal segments;
+    `fps`: the frame shown at each tick of `fps`, thinned evenly where that gives more than `num_frames`."""
+    fps: float = 1.0
+    """Frames per second of sampling `fps`."""
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise ValueError(f"frames: num_frames is {self.num_frames}, must be at least 1")
+        if not 1 <= self.size <= 4096:
+            raise ValueError(f"frames: size is {self.size}, must lie between 1 and 4096 pixels")
+        if self.sampling not in ("uniform", "fps", "segments"):
+            raise ValueError(f"frames: sampling is {self.sampling!r}, must be uniform, fps or segments")
+        if not 0 < self.fps < float("inf"):
+            raise ValueError(f"frames: fps is {self.fps}, must be above 0")
+
+
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of the two CLIP-shaped towers; the defaults are a small pair that trains on a CPU."""
+    """Sizes of the two towers; the defaults are a small CLIP-shaped pair that trains on a CPU."""
 
+    family: Literal["clip", "siglip", "siglip2"] = "clip"
+    """How the towers are laid out (`hbi.model.backbones.pretrained` says which checkpoints are which)."""
     image_size: int = 64
     """Height and width of a frame, pixels."""
     patch_size: int = 16
@@ -51,6 +83,14 @@ class TowerConfig:
     """Width of the joint space that words and frames are projected to."""
     activation: str = "quick_gelu"
     """The MLPs' activation, in the names of `transformers`; OpenAI's CLIP has quick_gelu."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the towers' layer norms."""
+    pad_id: int = 0
+    """What SigLIP's texts are filled up with; CLIP's words never see their padding."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of a pixel in 0..1, by colour: subtracted before the vision tower."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Of a pixel in 0..1, by colour: divided by before the vision tower."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -58,15 +98,105 @@ class TowerConfig:
             "image_size patch_size vision_width vision_layers vision_heads text_width text_layers text_heads"
             " vocab_size context dim",
         )
+        if self.family not in ("clip", "siglip", "siglip2"):
+            raise ValueError(f"TowerConfig.family is {self.family!r}, must be clip, siglip or siglip2")
+        if self.family != "clip" and self.vision_width != self.dim:
+            raise ValueError(
+                f"TowerConfig.vision_width is {self.vision_width}, must be dim ({self.dim}): {self.family} "
+                "projects no frame"
+            )
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"TowerConfig.patch_size is {self.patch_size}, must be at most image_size ({self.image_size})"
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or not min(self.image_std) > 0:
+            raise ValueError(
+                f"TowerConfig.image_mean and image_std are {self.image_mean} and {self.image_std}, must be three "
+                "numbers each, the latter above 0"
+            )
         for part, whole in (
             ("patch_size", "image_size"),
             ("vision_heads", "vision_width"),
             ("text_heads", "text_width"),
         ):
-            if getattr(self, whole) % getattr(self, part):
+            cropped = (
+                part == "patch_size" and self.family == "siglip"
+            )  # as so400m-patch14-384: a rest is left out
+            if getattr(self, whole) % getattr(self, part) and not cropped:
                 raise ValueError(
                     f"TowerConfig.{part} is {getattr(self, part)}, must divide {whole} ({getattr(self, whole)})"
                 )
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How the words and frames of a matched pair are rebuilt with each other's help before they play their game."""
+
+    form: Literal["none", "attention", "gated", "similarity"] = "none"
+    """`none`: they play as they are. `attention`: plus what they attend to on the other side, nothing at the start.
+    `gated`: a learned share of that in place of themselves. `similarity`: a fixed share, without parameters."""
+    share: float = 0.5
+    """Cross-modal share of form `similarity`; 0 is `none`."""
+    temperature: float = 0.1
+    """Of the cosines of form `similarity` before their softmax."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("none", "attention", "gated", "similarity"):
+            raise ValueError(
+                f"ReconstructionConfig.form is {self.form!r}, must be none, attention, gated or similarity"
+            )
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"ReconstructionConfig.share is {self.share}, must lie between 0 and 1")
+        if not self.temperature > 0:
+            raise ValueError(f"ReconstructionConfig.temperature is {self.temperature}, must be above 0")
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """The head that answers questions about a video."""
+
+    head: Literal["none", "published", "open"] = "none"
+    """`published`: a classifier a level over a fixed list of answers. `open`: one hidden layer, answers scored against
+    their text embeddings, so that others than those of the list can be asked for."""
+    vocabulary: int = 1500
+    """Most answers of the list, the commonest of the training split; a trained model says how many it has."""
+    dropout: float = 0.1
+    """Of the pooled pair, in training."""
+
+    def __post_init__(self) -> None:
+        if self.head not in ("none", "published", "open"):
+            raise ValueError(f"AnswerConfig.head is {self.head!r}, must be none, published or open")
+        _positive(self, "vocabulary")
+        _share(self, "dropout")
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """The head that writes captions: a causal decoder over the tokens of a video."""
+
+    layers: int = 0
+    """Blocks; 0: the model writes no captions."""
+    width: int = 0
+    """Width of the blocks; 0: that of the text tower."""
+    heads: int = 0
+    """Attention heads; 0: one for each 64 of the width, at least one."""
+    words: int = 24
+    """Tokens of the longest caption, start and end included."""
+    dropout: float = 0.1
+    """In the blocks, in training."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ValueError(f"CaptionConfig.layers is {self.layers}, must be at least 0")
+        if self.words < 3:
+            raise ValueError(f"CaptionConfig.words is {self.words}, must be at least 3: start, a word, end")
+        if self.width < 0 or self.heads < 0:
+            raise ValueError(
+                f"CaptionConfig.width and heads are {self.width} and {self.heads}, must be at least 0"
+            )
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"CaptionConfig.heads is {self.heads}, must divide width ({self.width})")
+        _share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -74,7 +204,8 @@ class ModelConfig:
     """Everything that says which arrays an HBI model has and what it computes with them."""
 
     backbone: str = ""
-    """A CLIP checkpoint, by name or folder, that `build_model` starts from; empty: fresh towers of `towers`."""
+    """A CLIP, MetaCLIP 2, SigLIP or SigLIP 2 checkpoint of `transformers`, by name or folder, that `build_model` starts
+    from; empty: fresh towers of `towers`."""
     towers: TowerConfig = field(default_factory=TowerConfig)
     """Sizes of the towers; read from the checkpoint where `backbone` names one."""
     words: int = 24
@@ -89,6 +220,12 @@ class ModelConfig:
     """Frames kept by each of the two merges."""
     predictor_width: int = 64
     """Channels of the learned interaction predictors."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Whether the players of the game are rebuilt with the other side's help."""
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    """The head for questions."""
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    """The head for captions."""
     estimator: bool = False
     """Whether a frozen estimator of the published method is part of the model (`load_published` brings it)."""
     freeze_patches: bool = False
@@ -127,9 +264,17 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; an unknown field is an error, a missing one takes its default."""
-        values = dict(values)
-        towers = TowerConfig(**_known(TowerConfig, values.pop("towers", {})))
-        return cls(towers=towers, **_known(cls, values))
+        parts = {
+            "towers": TowerConfig,
+            "reconstruction": ReconstructionConfig,
+            "answers": AnswerConfig,
+            "captions": CaptionConfig,
+        }
+        built = {
+            name: kind(**_known(kind, values[name])) if name in values else kind()
+            for name, kind in parts.items()
+        }
+        return cls(**{**_known(cls, values), **built})
 
 
 @dataclass(frozen=True)
@@ -162,3 +307,20 @@ class LossSettings:
                 raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
         if not self.target_scale > 0:
             raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How a caption is written."""
+
+    beam: int = 4
+    """Captions that are tried side by side; 1: the likeliest word, again and again."""
+    length_power: float = 0.7
+    """The sum of log probabilities is divided by the length to this power: 0 favours short captions, 1 long ones."""
+    words: int = 22
+    """Most tokens of a caption, its end included; a model with fewer positions writes fewer."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "beam words")
+        if not 0 <= self.length_power <= 2:
+            raise ValueError(f"DecodeSettings.length_power is {self.length_power}, must lie between 0 and 2")

@@ -5,11 +5,11 @@ Light on purpose (numpy and Pillow): decode processes start from it. torch is im
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from hbi.model.config import FrameSettings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -17,32 +17,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TIME_EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class FrameSettings:
-    """How a clip becomes a few square frames."""
-
-    count: int = 12
-    """Most frames of a clip. A clip that has fewer gives fewer, never copies."""
-    size: int = 224
-    """Height and width of a frame in pixels."""
-    choice: Literal["uniform", "fps", "segments"] = "uniform"
-    """`uniform`: evenly from the first frame to the last; `segments`: the centres of `count` equal segments;
-    `fps`: the frame shown at each tick of `fps`, thinned evenly where that gives more than `count`."""
-    fps: float = 1.0
-    """Frames per second of choice `fps`."""
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"frames: count is {self.count}, must be at least 1")
-        if not 1 <= self.size <= 4096:
-            raise ValueError(f"frames: size is {self.size}, must lie between 1 and 4096 pixels")
-        if self.choice not in ("uniform", "fps", "segments"):
-            raise ValueError(f"frames: choice is {self.choice!r}, must be uniform, fps or segments")
-        if not 0 < self.fps < float("inf"):
-            raise ValueError(f"frames: fps is {self.fps}, must be above 0")
-
-
-def choose(
+def sample_indices(
     times: np.ndarray, settings: FrameSettings, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
     """Indices of the chosen frames, increasing and without repetition.
@@ -50,30 +25,30 @@ def choose(
     times: presentation times in seconds, increasing, [frames]. Only frames with start <= time < end count (both to
     the microsecond); the result is empty where there is none. With n frames in the range the choice is
 
-        uniform   round down i (n - 1) / (count - 1)   for i = 0 … count - 1   (the published code's linspace)
-        segments  round down (i + 1/2) n / count       for i = 0 … count - 1
-        fps       the last frame at or before t_0 + k / fps, k = 0, 1, …; if more than count, uniform among them
+        uniform   round down i (n - 1) / (num_frames - 1)   for i = 0 … num_frames - 1   (the published code's linspace)
+        segments  round down (i + 1/2) n / num_frames       for i = 0 … num_frames - 1
+        fps       the last frame at or before t_0 + k / fps, k = 0, 1, …; if more than num_frames, uniform among them
     """
     first = 0 if start is None else int(np.searchsorted(times, start - TIME_EPSILON, side="left"))
     last = len(times) if end is None else int(np.searchsorted(times, end - TIME_EPSILON, side="left"))
     frames = np.arange(first, max(first, last))
-    if settings.choice == "fps" and len(frames):
+    if settings.sampling == "fps" and len(frames):
         begin = times[first] if start is None else max(float(start), float(times[first]))
         ticks = (
             begin + np.arange(int((times[last - 1] - begin) * settings.fps + TIME_EPSILON) + 1) / settings.fps
         )
         shown = np.searchsorted(times, ticks + TIME_EPSILON, side="right") - 1
         frames = np.unique(np.clip(shown, first, last - 1))
-    if len(frames) <= settings.count:
+    if len(frames) <= settings.num_frames:
         return frames
-    if settings.choice == "segments":
-        picks = (np.arange(settings.count) * 2 + 1) * len(frames) // (2 * settings.count)
+    if settings.sampling == "segments":
+        picks = (np.arange(settings.num_frames) * 2 + 1) * len(frames) // (2 * settings.num_frames)
     else:
-        picks = np.linspace(0, len(frames) - 1, settings.count).astype(int)
+        picks = np.linspace(0, len(frames) - 1, settings.num_frames).astype(int)
     return frames[picks]
 
 
-def fit(image: np.ndarray, size: int, pixel_aspect: float = 1.0) -> np.ndarray:
+def resize_crop(image: np.ndarray, size: int, pixel_aspect: float = 1.0) -> np.ndarray:
     """One frame, short side to `size`, centre-cropped: uint8 [height, width, 3] -> uint8 [size, size, 3].
 
     Antialiased bicubic, the geometry and rounding of CLIP's own preprocessing (resize, then crop); only the crop is
@@ -100,11 +75,15 @@ def from_jpegs(jpegs: Sequence[bytes]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
 
 
-def normalise(video: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-defined]
-    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std of CLIP."""
+def normalise(
+    video: "torch.Tensor",  # type: ignore[name-defined]
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+) -> "torch.Tensor":  # type: ignore[name-defined]
+    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std, by default CLIP's."""
     import torch
 
-    mean = torch.tensor(CLIP_MEAN, device=video.device)
-    std = torch.tensor(CLIP_STD, device=video.device)
+    mean = torch.tensor(image_mean, device=video.device)
+    std = torch.tensor(image_std, device=video.device)
     # One multiply-add per pixel: x * (1 / (255 std)) - mean / std.
     return (video.float() * (1 / (255 * std)) - mean / std).movedim(-1, -3).contiguous()

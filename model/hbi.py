@@ -1,26 +1,31 @@
 """The assembled model: texts and videos to tokens at three levels, and the similarities between them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import log
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
-from hbi.model.backbones.clip import TextTower, VisionTower, clip_config
-from hbi.model.config import ModelConfig
+from hbi.model.backbones.pretrained import fresh_backbone, towers_of
+from hbi.model.config import DecodeSettings, ModelConfig
 from hbi.model.frames import normalise
+from hbi.model.heads.beam import Marks, write
+from hbi.model.heads.caption import CachedDecoder, CaptionDecoder
+from hbi.model.heads.qa import OpenAnswerHead, PublishedAnswerHead, combined
 from hbi.model.levels import LEVELS, TokenMerge
 from hbi.model.predictor import InteractionPredictor
-from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.reconstruct import Reconstruction
+from hbi.model.similarity import matched_similarity, pair_similarity, weighted_similarity
 from hbi.model.temporal import TemporalTransformer
-from hbi.model.tokens import Tokens, last_present, require_tokens
+from hbi.model.tokens import Tokens, require_tokens
 
 LARGEST_LOGIT_SCALE = 100.0
-BACKBONE = ("text.", "video.", "logit_scale")
-"""Where the names of CLIP's own parameters begin."""
+BACKBONE = ("text.", "video.", "logit_scale", "logit_bias")
+"""Where the names of the backbone's own parameters begin."""
 
 
 class Encoded(NamedTuple):
@@ -36,6 +41,20 @@ class Encoded(NamedTuple):
     """What similarities are multiplied by before a softmax (already exp'd)."""
     estimated: dict[str, Float[Tensor, "batch words frames"]]
     """The frozen estimator's interaction of each pair, where the model has one; else empty."""
+    players: dict[str, Float[Tensor, "batch words frames"]] = {}  # noqa: RUF012 (nobody writes to it)
+    """The similarities of the rebuilt words and frames that play each pair's game, where the model reconstructs, with
+    no gradient; else empty: the tokens play as they are."""
+
+
+class HeadInputs(NamedTuple):
+    """What a head needs beside texts and videos, in training."""
+
+    task: Literal["qa", "caption"]
+    """Which head."""
+    video_of_text: Int[Tensor, "texts"]
+    """The row of the video that each text belongs to: several texts may share one, which is encoded once."""
+    candidates: tuple[Int[Tensor, "answers words"], Bool[Tensor, "answers words"]] | None = None
+    """Ids and mask of the answers that are scored, for head `open`."""
 
 
 def token_weights(dim: int) -> nn.Sequential:
@@ -48,25 +67,28 @@ def token_weights(dim: int) -> nn.Sequential:
 
 
 class HBI(nn.Module):
-    """Hierarchical Banzhaf Interaction (Jin et al., CVPR 2023): CLIP towers, three levels of tokens for words and
-    frames, a weighted token-wise similarity at each, and the learned interaction of words and frames at each.
+    """Hierarchical Banzhaf Interaction (Jin et al., CVPR 2023): CLIP or SigLIP towers, three levels of tokens for
+    words and frames, a weighted token-wise similarity at each, and the learned interaction of words and frames at each.
 
-    Made with fresh weights and without a network; `hbi.model.weights.build_model` starts from a CLIP checkpoint.
+    Made with fresh weights and without a network; `hbi.model.weights.build_model` starts from a checkpoint.
     """
 
-    def __init__(self, config: ModelConfig, clip: CLIPModel | None = None) -> None:
-        """clip: the towers to take, of the sizes in `config.towers`; none: fresh ones."""
+    def __init__(self, config: ModelConfig, backbone: PreTrainedModel | None = None) -> None:
+        """backbone: the towers to take, of the sizes in `config.towers`; none: fresh ones."""
         super().__init__()
         self.config = config
         dim = config.towers.dim
-        if clip is None:
-            clip = CLIPModel(clip_config(config.towers))
+        if backbone is None:
+            backbone = fresh_backbone(config.towers)
+        pretrained: Any = backbone
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
         """Its logarithm."""
         with torch.no_grad():
-            self.logit_scale.copy_(clip.logit_scale)
-        self.text = TextTower(clip)
-        self.video = VisionTower(clip)
+            self.logit_scale.copy_(pretrained.logit_scale.squeeze())
+        bias = getattr(pretrained, "logit_bias", None)
+        self.logit_bias = None if bias is None else nn.Parameter(bias.detach().clone().squeeze(), False)
+        """SigLIP's, added to its logits before the sigmoid; CLIP has none. It learns where the loss has one."""
+        self.text, self.video = towers_of(pretrained, config.towers)
         self.temporal = TemporalTransformer(config, self.text) if config.temporal_layers else None
         self.text_weights = nn.ModuleDict({level: token_weights(dim) for level in LEVELS})
         self.video_weights = nn.ModuleDict({level: token_weights(dim) for level in LEVELS})
@@ -82,6 +104,20 @@ class HBI(nn.Module):
         self.estimator = InteractionPredictor(config.predictor_width) if config.estimator else None
         if self.estimator is not None:
             self.estimator.requires_grad_(False)
+        # Last, so that the rest begins with the same random numbers whatever is added to it.
+        self.reconstruction = self.answerer = self.captioner = None
+        if config.reconstruction.form != "none":
+            self.reconstruction = nn.ModuleDict(
+                {level: Reconstruction(config.reconstruction, dim, config.head_width) for level in LEVELS}
+            )
+        if config.answers.head == "published":
+            self.answerer = PublishedAnswerHead(dim, config.answers.vocabulary, config.answers.dropout)
+        elif config.answers.head == "open":
+            self.answerer = OpenAnswerHead(dim, config.answers.dropout)
+        if config.captions.layers:
+            self.captioner = CaptionDecoder(config)
+        self.vocabulary: tuple[str, ...] = ()
+        """The answers that the head for questions was trained on, in the order of its classifiers."""
         if config.freeze_patches:
             self.video.embeddings.patch_embedding.requires_grad_(False)
         self.set_checkpointing(config.checkpointing)
@@ -99,11 +135,12 @@ class HBI(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at 100 at most; to be called after each step of the optimiser."""
-        self.logit_scale.clamp_(max=log(LARGEST_LOGIT_SCALE))
+        """Keep CLIP's scale at 100 at most; to be called after each step of the optimiser. SigLIP's is free."""
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(max=log(LARGEST_LOGIT_SCALE))
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the towers that CLIP brings: those with the small learning rate."""
+        """Names and parameters of the towers that a backbone brings: those with the small learning rate."""
         return ((name, value) for name, value in self.named_parameters() if name.startswith(BACKBONE))
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,8 +152,8 @@ class HBI(nn.Module):
     ) -> tuple[Float[Tensor, "batch words dim"], Float[Tensor, "batch dim"]]:
         """Words and sentence of each text; ValueError for a text without a token."""
         mask = require_tokens(text_mask, "text")
-        words = self.text(input_ids, mask).float()
-        return words, last_present(words, mask)
+        words, sentence = self.text(input_ids, mask)
+        return words.float(), sentence.float()
 
     def encode_video(
         self,
@@ -126,7 +163,9 @@ class HBI(nn.Module):
         """Frames of each video. video: float [batch, frames, 3, height, width], normalised, or uint8
         [batch, frames, height, width, 3], normalised here; ValueError for a video without a frame."""
         mask = require_tokens(video_mask, "video")
-        images = normalise(video) if video.dtype == torch.uint8 else video
+        towers = self.config.towers
+        raw = video.dtype == torch.uint8
+        images = normalise(video, towers.image_mean, towers.image_std) if raw else video
         frames = self.video(images.flatten(0, 1)).float().unflatten(0, mask.shape)
         return frames if self.temporal is None else self.temporal(frames, mask).float()
 
@@ -184,19 +223,126 @@ class HBI(nn.Module):
             result[level] = predictor(pair_similarity(words, frames), *masks).float()
         return result
 
+    def reconstruct(
+        self, text: dict[str, Tokens], video: dict[str, Tokens]
+    ) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
+        """The players of each pair's game: the pair's tokens, rebuilt where the model reconstructs. Row by row."""
+        if self.reconstruction is None:
+            return text, video
+        pairs = {level: rebuild(text[level], video[level]) for level, rebuild in self.reconstruction.items()}
+        return {level: pair[0] for level, pair in pairs.items()}, {
+            level: pair[1] for level, pair in pairs.items()
+        }
+
+    def rerank(self, text: Tokens, video: Tokens, level: str = "entity") -> Float[Tensor, "batch"]:
+        """The similarity of each text with the video of its own row, of tokens rebuilt with each other's help.
+
+        For the few candidates that a search found: a text that is asked about many videos is repeated.
+        """
+        if self.reconstruction is not None:
+            text, video = self.reconstruction[level](text, video)
+        return matched_similarity(text, video, padding="zero" if self._published else "absent")
+
+    def answer_levels(
+        self,
+        input_ids: Int[Tensor, "questions words"],
+        text_mask: Shaped[Tensor, "questions words"],
+        video: dict[str, Tokens],
+        candidates: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Float[Tensor, "questions answers"]]:
+        """Logits of the answers at each level; video: `video_levels` of each question's own video."""
+        words, sentence = self.encode_text(input_ids, text_mask)
+        text = self.text_levels(words, text_mask)
+        if isinstance(self.answerer, PublishedAnswerHead):
+            if candidates is not None:
+                raise ValueError(
+                    f"answers: this model classifies into its own {self.config.answers.vocabulary} answers; a list "
+                    "of others needs a model trained with --set.model.answers.head open"
+                )
+            return self.answerer(text, video, self._published)
+        if not isinstance(self.answerer, OpenAnswerHead):
+            raise ValueError("this model answers no questions: train one with --set.task qa")
+        if candidates is None:
+            raise ValueError("answers: the open head scores the answers that it is given: give candidates")
+        with torch.no_grad():  # the towers learn from questions, and answers lie where sentences do
+            _, answers = self.encode_text(*candidates)
+        _, rebuilt = self.reconstruct(text, video)
+        return self.answerer(sentence, rebuilt, answers)
+
+    def answer_logits(
+        self,
+        input_ids: Int[Tensor, "questions words"],
+        text_mask: Shaped[Tensor, "questions words"],
+        frames: Float[Tensor, "questions frames dim"],
+        video_mask: Shaped[Tensor, "questions frames"],
+        candidates: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "questions answers"]:
+        """How well each answer fits question i about video i; see `hbi.model.heads`.
+
+        frames: of `encode_video`. ValueError where the model has no head for questions, or not one for candidates.
+        """
+        levels = self.video_levels(frames, video_mask)
+        return combined(self.answer_levels(input_ids, text_mask, levels, candidates))
+
+    def caption_logits(
+        self, input_ids: Int[Tensor, "captions words"], video: dict[str, Tokens]
+    ) -> Float[Tensor, "captions words vocabulary"]:
+        """Logits of the word after each word of a caption; video: `video_levels` of each caption's own video."""
+        decoder = self._decoder()
+        return decoder(input_ids, decoder.memory(video), self.text.embeddings.token_embedding.weight)
+
+    def write_captions(
+        self,
+        frames: Float[Tensor, "videos frames dim"],
+        video_mask: Shaped[Tensor, "videos frames"],
+        marks: Marks,
+        settings: DecodeSettings,
+    ) -> list[list[int]]:
+        """A caption for each video as token ids, without start and end; see `hbi.model.heads`.
+
+        frames: of `encode_video`. ValueError where the model writes no captions.
+        """
+        decoder = self._decoder()
+        memory = decoder.memory(self.video_levels(frames, video_mask))
+        writer = CachedDecoder(decoder, memory, self.text.embeddings.token_embedding.weight)
+        settings = replace(settings, words=min(settings.words, decoder.words - 1))
+        return write(writer, len(frames), marks, settings, frames.device).ids
+
+    def _decoder(self) -> CaptionDecoder:
+        if self.captioner is None:
+            raise ValueError("this model writes no captions: train one with --set.task caption")
+        return self.captioner
+
     def forward(
         self,
-        input_ids: Int[Tensor, "batch words"],
-        text_mask: Shaped[Tensor, "batch words"],
-        video: Shaped[Tensor, "batch frames a b c"],
-        video_mask: Shaped[Tensor, "batch frames"],
-    ) -> Encoded:
-        """A batch of matched pairs to what the losses need; a batch of no pairs is one too."""
-        text = self.text_levels(self.encode_text(input_ids, text_mask)[0], text_mask)
+        input_ids: Int[Tensor, "texts words"],
+        text_mask: Shaped[Tensor, "texts words"],
+        video: Shaped[Tensor, "videos frames a b c"],
+        video_mask: Shaped[Tensor, "videos frames"],
+        head: HeadInputs | None = None,
+    ) -> Encoded | dict[str, Tensor]:
+        """A training step's batch to what its loss needs; a batch of nothing is one too.
+
+        head None: matched pairs, for `hbi_loss`. Else logits: of the answers at each level, or "caption".
+        """
         clips = self.video_levels(self.encode_video(video, video_mask), video_mask)
-        predicted = self.interactions(dict(self.predictors.items()), text, clips)  # type: ignore[arg-type]
-        estimated = {}
-        if self.estimator is not None:
-            with torch.no_grad():
-                estimated = self.interactions(dict.fromkeys(LEVELS, self.estimator), text, clips)
-        return Encoded(text, clips, predicted, self.logit_scale.exp(), estimated)
+        if head is None:
+            return self._encode_pairs(input_ids, text_mask, clips)
+        own = {
+            level: Tokens(*(part[head.video_of_text] for part in tokens)) for level, tokens in clips.items()
+        }
+        if head.task == "qa":
+            return self.answer_levels(input_ids, text_mask, own, head.candidates)
+        return {"caption": self.caption_logits(input_ids, own)}
+
+    def _encode_pairs(self, input_ids: Tensor, text_mask: Tensor, clips: dict[str, Tokens]) -> Encoded:
+        text = self.text_levels(self.encode_text(input_ids, text_mask)[0], text_mask)
+        words, frames = self.reconstruct(text, clips)
+        predicted = self.interactions(dict(self.predictors.items()), words, frames)  # type: ignore[arg-type]
+        estimated, players = {}, {}
+        with torch.no_grad():
+            if self.estimator is not None:
+                estimated = self.interactions(dict.fromkeys(LEVELS, self.estimator), words, frames)
+            if self.reconstruction is not None:
+                players = {level: pair_similarity(words[level], frames[level]) for level in LEVELS}
+        return Encoded(text, clips, predicted, self.logit_scale.exp(), estimated, players)

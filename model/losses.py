@@ -64,7 +64,9 @@ def interaction_targets(
         return {
             level: settings.target_scale
             * exact_interaction(
-                pair_similarity(local.text[level], local.video[level]),
+                local.players[level]
+                if local.players
+                else pair_similarity(local.text[level], local.video[level]),
                 local.text[level].logits,
                 local.video[level].logits,
                 local.text[level].mask,

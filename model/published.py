@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.config import AnswerConfig, ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
 from hbi.model.levels import LEVELS
 from hbi.model.predictor import InteractionPredictor
 
+ANSWERS_BIAS = "classifier.2.bias"
+"""An entry that only checkpoints of the QA training have: one number an answer."""
 PUBLISHED_HEAD = 64
 """Width of an attention head in every CLIP that the published code takes."""
 
@@ -91,6 +93,8 @@ def _published_entries(config: ModelConfig) -> Iterator[tuple[str, list[str], st
                     yield f"{side}_weight_fc{suffix}.{i}.{part}", [f"{side}_weights.{level}.{i}.{part}"], ""
         for name, own in _PREDICTOR.items():
             yield f"banzhafmodel{suffix}.{name}", [f"predictors.{level}.{own}"], ""
+    if config.answers.head == "published":
+        yield from _answer_entries()
     if config.estimator:
         for name, own in _PREDICTOR.items():
             yield f"banzhafteacher.{name}", [f"estimator.{own}"], ""
@@ -102,6 +106,21 @@ def _published_entries(config: ModelConfig) -> Iterator[tuple[str, list[str], st
                 for name, own in parts.items():
                     for part in both:
                         yield f"{letter}_{module}{i}.{name}.{part}", [f"{merge}.{own}.{part}"], ""
+
+
+def _answer_entries() -> Iterator[tuple[str, list[str], str]]:
+    """Those of the head for questions, in the form of `_published_entries`."""
+    for number, level in enumerate(LEVELS):
+        suffix = "" if number == 0 else str(number - 1)
+        for part in ("weight", "bias"):
+            for letter, side in (("t", "text"), ("v", "video")):
+                yield f"{letter}_proj{suffix}.{part}", [f"answerer.{side}_maps.{level}.{part}"], ""
+                for i in (0, 2):
+                    ours = f"answerer.{side}_weights.{level}.{i}.{part}"
+                    yield f"{letter}_weight{suffix}.{i}.{part}", [ours], ""
+            for i in (0, 2):
+                ours = f"answerer.classifiers.{level}.{i}.{part}"
+                yield f"classifier{suffix}.{i}.{part}", [ours], ""
 
 
 def _read_state(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
@@ -202,11 +221,20 @@ def published_config(state: Mapping[str, Any], **settings: Any) -> ModelConfig:
         freeze_patches=True,
         masking="published",
     )
+    if ANSWERS_BIAS in state:
+        answers = AnswerConfig("published", len(state[ANSWERS_BIAS]))
+        words = min(32, context)
+        config = replace(
+            config, answers=answers, words=words, word_ratios=(0.25, 0.125), frame_ratios=(0.25, 0.25)
+        )
     return replace(config, **settings)
 
 
 def load_published(source: str | Path | Mapping[str, Any], **settings: Any) -> HBI:
-    """A published HBI retrieval checkpoint (its file, or its state dict of tensors or arrays) as a model, in eval mode.
+    """A published HBI checkpoint (its file, or its state dict of tensors or arrays) as a model, in eval mode.
+
+    One of the QA training brings its head for questions; its answers lie in a file of their own
+    (`train_ans2label.json`, a dict of numbers by answer): set `vocabulary` from it, in the order of the numbers.
 
     Sizes come from the shapes; what no shape tells (`words`, `frames`, `word_ratios`, `frame_ratios`, `masking`) has
     the published defaults and may be given as fields of `ModelConfig`. Strict: ValueError lists what is missing or left

@@ -31,6 +31,17 @@ def pair_similarity(text: Tokens, video: Tokens) -> Float[Tensor, "batch words f
     return cosines * (text.mask[:, :, None] & video.mask[:, None, :])
 
 
+def matched_similarity(text: Tokens, video: Tokens, padding: Padding = "absent") -> Float[Tensor, "batch"]:
+    """The diagonal of `weighted_similarity`: each text with the video of its own row, in linear memory."""
+    with _full_precision(text.tokens):
+        cosines = pair_similarity(text, video)
+        present = text.mask[:, :, None] & video.mask[:, None, :]
+        cosines = cosines.masked_fill(~present, 0.0 if padding == "zero" else -2.0)
+        of_words = (cosines.amax(2) * text.weights()).sum(1)
+        of_frames = (cosines.amax(1) * video.weights()).sum(1)
+    return (of_words + of_frames) / 2
+
+
 def _block(words: Side, frames: Side, padding: Padding) -> Float[Tensor, "texts videos"]:
     """The similarity of some texts with some videos: the whole of [texts, videos, words, frames] in memory."""
     word_directions, word_weights, word_mask = words

@@ -1,12 +1,14 @@
 """A transformer over time: what a frame says after it has seen the others."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from hbi.model.backbones.clip import TextTower, run_layers
+from hbi.model.backbones.clip import run_layers
 from hbi.model.config import ModelConfig
 
 
@@ -16,7 +18,7 @@ class TemporalTransformer(nn.Module):
     Starts from the text tower's first blocks and positions where the widths agree (CLIP4Clip, Luo et al. 2021).
     """
 
-    def __init__(self, config: ModelConfig, text: TextTower) -> None:
+    def __init__(self, config: ModelConfig, text: Any) -> None:
         super().__init__()
         towers = config.towers
         shared = towers.dim == towers.text_width

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hbi.model.heads.beam import Marks
+
 PAD_ID = 0
 """What stands at padding (the published convention); the mask, not the id, says that it is padding."""
 
@@ -94,3 +96,36 @@ def tokenize(
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         mask[row, : len(ids)] = True
     return input_ids, mask
+
+
+def caption_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """What begins and ends a caption that a model writes with this tokenizer, and what it never writes.
+
+    A tokenizer without a start token (SigLIP's) lends its padding token, else its end token. ValueError without an
+    end token.
+    """
+    marks: Any = tokenizer
+    end = marks.eos_token_id
+    if end is None:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token): captions written with it would never end"
+        )
+    start = next(mark for mark in (marks.bos_token_id, marks.pad_token_id, end) if mark is not None)
+    never = sorted(set(tokenizer.all_special_ids) - {start, end})
+    return Marks(int(start), int(end), tuple(never))
+
+
+def tokenize_captions(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], words: int
+) -> tuple[Int[Tensor, "batch {words}"], Bool[Tensor, "batch {words}"]]:
+    """Ids and mask of captions to learn to write: start, the text, end, whatever the tokenizer itself adds."""
+    if tokenizer.bos_token_id is not None:
+        return tokenize(tokenizer, captions, words)
+    ids, mask = tokenize(tokenizer, captions, words - 1)
+    start = ids.new_full((len(ids), 1), caption_marks(tokenizer).start)
+    return torch.cat([start, ids], 1), torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+
+
+def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of some rows of ids, without marks."""
+    return [str(tokenizer.decode(list(row), skip_special_tokens=True)).strip() for row in ids]

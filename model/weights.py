@@ -1,4 +1,4 @@
-"""Save and load a model, start from a CLIP checkpoint, and read published HBI checkpoints."""
+"""Save and load a model, start from a checkpoint of towers, and read published HBI checkpoints."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save_file
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.backbones.pretrained import load_backbone
+from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
 from hbi.model.published import load_estimator, load_published, load_strictly
 
@@ -18,65 +18,35 @@ __all__ = ["build_model", "load_estimator", "load_model", "load_published", "sav
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ANSWERS = "answers.json"
+"""The list of answers, where the model has a head for questions."""
 DIGEST = "digest"
 FORMAT = 1
 
 
 def build_model(config: ModelConfig) -> HBI:
-    """A model to train: towers from `config.backbone` (a CLIP checkpoint of `transformers`, by name or folder, whose
-    sizes replace `config.towers`), the rest fresh. Without a backbone everything is fresh.
+    """A model to train: towers from `config.backbone` (a checkpoint of `transformers`, by name or folder, whose sizes
+    and normalisation replace `config.towers`), the rest fresh. Without a backbone everything is fresh.
 
-    ValueError, in one line, where there is no whole CLIP checkpoint.
+    ValueError, in one line, where there is no whole checkpoint of a family that we know.
     """
     if not config.backbone:
         return HBI(config)
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            config.backbone, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
-        )
-    except OSError as error:
-        raise ValueError(
-            f"ModelConfig.backbone is {config.backbone!r}: no CLIP checkpoint there ({error})"
-        ) from error
-    clip, loading = loaded
-    if absent := sorted(loading["missing_keys"]):  # transformers fills them with noise and a warning
-        raise ValueError(
-            f"ModelConfig.backbone is {config.backbone!r}: no whole CLIP checkpoint, missing: {', '.join(absent)}"
-        )
-    return HBI(replace(config, towers=_tower_config(clip)), clip)
-
-
-def _tower_config(clip: CLIPModel) -> TowerConfig:
-    text: Any = clip.config.text_config
-    vision: Any = clip.config.vision_config
-    if text.hidden_act != vision.hidden_act:
-        raise ValueError(f"the towers differ in their activation: {text.hidden_act} and {vision.hidden_act}")
-    return TowerConfig(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        vision_width=vision.hidden_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads,
-        vision_mlp=vision.intermediate_size,
-        text_width=text.hidden_size,
-        text_layers=text.num_hidden_layers,
-        text_heads=text.num_attention_heads,
-        text_mlp=text.intermediate_size,
-        vocab_size=text.vocab_size,
-        context=text.max_position_embeddings,
-        dim=clip.text_projection.out_features,
-        activation=text.hidden_act,
-    )
+    backbone, towers = load_backbone(config.backbone)
+    return HBI(replace(config, towers=towers), backbone)
 
 
 def save_model(model: HBI, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write `model.safetensors`, the tokenizer's files and, last, `config.json` with everything's sha256."""
+    """Write weights, answers, the tokenizer's files and, last, `config.json` with everything's sha256."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # an interrupted save must not look whole
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     files = [WEIGHTS]
+    if model.vocabulary:
+        (folder / ANSWERS).write_text(json.dumps(list(model.vocabulary), ensure_ascii=False, indent=1) + "\n")
+        files.append(ANSWERS)
     if tokenizer is not None:
         files += sorted(
             Path(path).name for path in tokenizer.save_pretrained(str(folder)) if Path(path).exists()
@@ -112,6 +82,8 @@ def load_model(folder: str | Path, **settings: Any) -> HBI:
             raise ValueError(f"{folder / name} was cut short or changed since it was saved (sha256 differs)")
     model = HBI(replace(config, **settings))
     load_strictly(model, load(contents[WEIGHTS]), str(folder / WEIGHTS))
+    if ANSWERS in contents:
+        model.vocabulary = tuple(json.loads(contents[ANSWERS]))
     return model.eval()
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -128,37 +127,15 @@ def write_manifest(rows: Iterable[Row], path: str) -> int:
     """Writes rows as JSON Lines, whole or not at all; how many there were. Videos become absolute paths or URIs."""
     count = 0
     with tempfile.TemporaryDirectory(prefix="hbi-manifest-") as folder:
-        spool = Path(folder) / "manifest.jsonl"
-        with spool.open("w", encoding="ascii") as stream:
+        staging = Path(folder) / "manifest.jsonl"
+        with staging.open("w", encoding="ascii") as stream:
             for row in rows:
                 stream.write(replace(row, video=storage.absolute(row.video)).line() + "\n")
                 count += 1
         if not count:
             raise ValueError(f"{path}: there is no clip to write")
-        storage.put_file(str(spool), path, move=True)
+        storage.put_file(str(staging), path, move=True)
     return count
-
-
-def folder_manifest(folder: str, out: str) -> int:
-    """Writes a manifest of all videos below a folder, local or `s3://`, without captions; how many there are.
-
-    Videos are the files with a video's extension and those without any; the id is the path below the folder, without
-    its extension where that leaves it unique. ValueError if there are none.
-    """
-    folder = storage.absolute(folder)
-    files = [path for path in storage.list_files(folder, recursive=True) if _looks_like_video(path)]
-    if not files:
-        raise ValueError(f"{folder}: no videos in it (*.mp4, *.mkv, *.webm, *.avi, *.mov and their like)")
-    below = [path[len(folder.rstrip("/")) + 1 :] for path in files]
-    bare = [os.path.splitext(path)[0] for path in below]  # noqa: PTH122 (any bytes that a name may hold)
-    uses = Counter(bare)
-    ids = (name if uses[name] == 1 else path for name, path in zip(bare, below, strict=True))
-    return write_manifest((Row(path, id) for path, id in zip(files, ids, strict=True)), out)
-
-
-def _looks_like_video(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    return bool(VIDEO_NAME.search(name)) or "." not in name
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Any]]:

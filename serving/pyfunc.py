@@ -82,7 +82,7 @@ class HBIPackage(mlflow.pyfunc.PythonModel):
         from hbi.pipelines.decoding.decoder import Decoder
 
         config = self.model.config
-        settings = FrameSettings(count=config.frames, size=config.towers.image_size)
+        settings = FrameSettings(num_frames=config.frames, size=config.towers.image_size)
         clips = []
         with Decoder(settings) as decoder:  # a process of its own: a video can hang a decoder, or kill it
             for path in paths:

@@ -66,6 +66,7 @@ def gather_rows(
 
 def gather(local: Encoded, group: dist.ProcessGroup | None = None) -> tuple[Encoded, int]:
     """The tokens and predictions of the global batch, and where the local rows begin: one collective for all."""
+    local = local._replace(players={})  # what each pair plays with concerns no other pair
     parts = _parts(local)
     wide = torch.cat([part.flatten(1).to(torch.float32) for part in parts], 1)
     rows, first = gather_rows(wide, group)
@@ -80,7 +81,7 @@ def gather(local: Encoded, group: dist.ProcessGroup | None = None) -> tuple[Enco
 def _parts(encoded: Encoded) -> list[Tensor]:
     """All per-clip tensors of `encoded`, in a fixed order."""
     sides = [part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens]
-    return [*sides, *encoded.predicted.values(), *encoded.estimated.values()]
+    return [*sides, *encoded.predicted.values(), *encoded.estimated.values(), *encoded.players.values()]
 
 
 def _assemble(like: Encoded, parts: list[Tensor]) -> Encoded:
@@ -91,6 +92,7 @@ def _assemble(like: Encoded, parts: list[Tensor]) -> Encoded:
         video={level: Tokens(next(rest), next(rest), next(rest)) for level in like.video},
         predicted={level: next(rest) for level in like.predicted},
         estimated={level: next(rest) for level in like.estimated},
+        players={level: next(rest) for level in like.players},
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from hbi.commands.arguments import Manifest, Out, Path
-from hbi.pipelines.sharding.filters import FilterSettings
+from hbi.pipelines.sharding.settings import ShardSettings
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ImportDataset:
     """The manifest to write."""
 
     def run(self) -> None:
+        from hbi.pipelines.datasets.folder import folder_manifest
         from hbi.pipelines.datasets.table import import_dataset
-        from hbi.pipelines.manifest import folder_manifest
 
         if self.name == "folder":
             count = folder_manifest(self.videos, self.out)
@@ -102,38 +102,12 @@ class Shard:
     """JSON Lines or Parquet, local or s3://; one row a clip."""
     out: Out
     """Folder or s3:// URI for the tars, index.json and failures.jsonl."""
-    frames: int = 12
-    """Most frames of a clip."""
-    size: int = 224
-    """Height and width of a frame in pixels."""
-    choice: Literal["uniform", "fps", "segments"] = "uniform"
-    """uniform from first to last; the centres of equal segments; or so many per second."""
-    fps: float = 1.0
-    """Frames per second of choice fps."""
-    samples_per_shard: int = 100
-    """Manifest rows per tar."""
-    jpeg_quality: int = 95
-    """Of the frames, 1 to 100."""
-    clip_timeout: float = 60.0
-    """Seconds after which a clip is given up."""
-    clip_memory: int = 2048
-    """MiB that decoding a clip may take."""
+    settings: Annotated[ShardSettings, arg(name="")] = field(default_factory=ShardSettings)
+    """How clips become samples."""
     report: Path = None
     """Path of an HTML page to write: contact sheets, histograms, failures."""
-    filters: FilterSettings = field(default_factory=FilterSettings)
-    """What a clip must be; those rejected are rows of failures.jsonl with stage filter."""
 
     def run(self) -> None:
-        from hbi.model.frames import FrameSettings
         from hbi.pipelines.sharding.run import shard
-        from hbi.pipelines.sharding.shards import ShardSettings
 
-        settings = ShardSettings(
-            FrameSettings(self.frames, self.size, self.choice, self.fps),
-            self.samples_per_shard,
-            self.jpeg_quality,
-            self.clip_timeout,
-            self.clip_memory,
-            self.filters,
-        )
-        print(shard(self.manifest, self.out, settings, self.report))
+        print(shard(self.manifest, self.out, self.settings, self.report))

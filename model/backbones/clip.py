@@ -1,13 +1,16 @@
 """CLIP's two towers: every word and every frame as one token in the joint space."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, MetaClip2Model
 
 from hbi.model.config import TowerConfig
+from hbi.model.tokens import last_present
 
 
 def clip_config(towers: TowerConfig) -> CLIPConfig:
@@ -21,6 +24,7 @@ def clip_config(towers: TowerConfig) -> CLIPConfig:
         num_attention_heads=towers.text_heads,
         max_position_embeddings=towers.context,
         hidden_act=towers.activation,
+        layer_norm_eps=towers.norm_eps,
         # Positions and masks come from us: these are never looked at, but must lie inside the vocabulary.
         pad_token_id=0,
         bos_token_id=0,
@@ -35,6 +39,7 @@ def clip_config(towers: TowerConfig) -> CLIPConfig:
         image_size=towers.image_size,
         patch_size=towers.patch_size,
         hidden_act=towers.activation,
+        layer_norm_eps=towers.norm_eps,
     )
     return CLIPConfig(
         text_config=text.to_dict(),
@@ -60,10 +65,18 @@ def run_layers(
     return hidden
 
 
+def require_size(images: Float[Tensor, "images 3 height width"], size: int) -> None:
+    """ValueError for images of another size than the tower takes."""
+    if images.shape[-2:] != (size, size):
+        raise ValueError(
+            f"video: frames are {tuple(images.shape[-2:])} pixels, the model takes {(size, size)}"
+        )
+
+
 class TextTower(nn.Module):
     """CLIP's text transformer with every word projected to the joint space."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: CLIPModel | MetaClip2Model) -> None:
         super().__init__()
         self.embeddings = clip.text_model.embeddings
         self.layers = clip.text_model.encoder.layers
@@ -73,8 +86,9 @@ class TextTower(nn.Module):
 
     def forward(
         self, input_ids: Int[Tensor, "batch words"], mask: Bool[Tensor, "batch words"]
-    ) -> Float[Tensor, "batch words dim"]:
-        """A word sees the present words up to itself; a word that sees none (padding in front) sees itself.
+    ) -> tuple[Float[Tensor, "batch words dim"], Float[Tensor, "batch dim"]]:
+        """Words and sentence. A word sees the present words up to itself; one that sees none (padding in front) sees
+        itself. The sentence is read at the last word.
 
         ValueError for more words than there are positions.
         """
@@ -85,13 +99,14 @@ class TextTower(nn.Module):
         seen = causal & mask[:, None, :]
         seen |= ~seen.any(-1, keepdim=True) & torch.eye(n, dtype=torch.bool, device=mask.device)
         hidden = run_layers(self.layers, self.embeddings(input_ids), seen[:, None], self.checkpointing)
-        return self.projection(self.norm(hidden))
+        words = self.projection(self.norm(hidden))
+        return words, last_present(words, mask)
 
 
 class VisionTower(nn.Module):
     """CLIP's vision transformer: one token a frame, the projected class token."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: CLIPModel | MetaClip2Model) -> None:
         super().__init__()
         self.embeddings = clip.vision_model.embeddings
         self.norm_before = clip.vision_model.pre_layrnorm
@@ -102,11 +117,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
         """Images are normalised, of the tower's own size; ValueError for another."""
-        size = self.embeddings.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(
-                f"video: frames are {tuple(images.shape[-2:])} pixels, the model takes {(size, size)}"
-            )
+        size: Any = self.embeddings.image_size
+        require_size(images, size)
         hidden = self.norm_before(self.embeddings(images))
         hidden = run_layers(self.layers, hidden, None, self.checkpointing)
         return self.projection(self.norm(hidden[:, 0]))

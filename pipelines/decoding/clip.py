@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from hbi.model.frames import FrameSettings, choose, fit
+from hbi.model.frames import FrameSettings, resize_crop, sample_indices
 from hbi.pipelines.decoding.container import (
     KEPT_PACKETS_BYTES,
     DecodeError,
@@ -127,7 +127,7 @@ def _decord_is_right(container: "InputContainer", stream: "VideoStream", timelin
 
 
 @dataclass(frozen=True)
-class Facts:
+class VideoInfo:
     """What a video is, without its frames."""
 
     duration: float
@@ -140,14 +140,14 @@ class Facts:
     """In pixels, as stored."""
 
 
-def probe(data: bytes | Path | str) -> Facts:
+def probe(data: bytes | Path | str) -> VideoInfo:
     """What a video is; DecodeError with the reason. Nothing is decoded unless its packets carry no times."""
     with video_file(data) as source, opened(source) as (container, stream):
         timeline = read_timeline(container, stream)
         times = timeline.times if timeline is not None else _decoded_times(source, timeline)
         fps, duration = _rate_and_length(stream, times, timeline)
         context = stream.codec_context
-        return Facts(round(duration, 6), round(fps, 6), context.width, context.height)
+        return VideoInfo(round(duration, 6), round(fps, 6), context.width, context.height)
 
 
 def small_frames(data: bytes | Path | str, side: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -338,15 +338,15 @@ class _Picture:
 
     def add(self, image: np.ndarray, turned: bool = False) -> None:
         self.shape = image.shape[:2]
-        self.frames.append(fit(image, self.size, 1 / self.aspect if turned else self.aspect))
+        self.frames.append(resize_crop(image, self.size, 1 / self.aspect if turned else self.aspect))
 
     def add_frame(self, frame: "VideoFrame") -> None:
         check_size(frame.width, frame.height)
-        image, turned = upright(frame)
+        image, turned = apply_display_matrix(frame)
         self.add(image, turned)
 
 
-def upright(frame: "VideoFrame") -> tuple[np.ndarray, bool]:
+def apply_display_matrix(frame: "VideoFrame") -> tuple[np.ndarray, bool]:
     """The frame as it is to be shown, uint8 [height, width, 3], and whether its sides are swapped.
 
     PyAV leaves the display matrix to us: x' = a x + c y, y' = b x + d y, in 16.16 fixed point, row (a, b, u).
@@ -380,7 +380,7 @@ def _decoded_times(source: BinaryIO, timeline: Timeline | None) -> np.ndarray:
 
 
 def _chosen(times: np.ndarray, settings: FrameSettings, start: float | None, end: float | None) -> np.ndarray:
-    chosen = choose(times, settings, start, end)
+    chosen = sample_indices(times, settings, start, end)
     if not len(chosen):
         until = "the end" if end is None else f"{end:g} s"
         raise DecodeError(

@@ -1,6 +1,6 @@
 """Decoding behind a wall: a child process decodes, so that a bad video ends the child and nothing else.
 
-    with Decoder(FrameSettings(count=12)) as decoder:
+    with Decoder(FrameSettings(num_frames=12)) as decoder:
         clip = decoder.decode(Path("video.mp4"), start=3.0, end=9.5)
 
 The child is ended when a clip runs past its time or memory, it dies with its parent, it is renewed before leaks
@@ -30,7 +30,15 @@ import numpy as np
 
 from hbi.infra.project import ROOT
 from hbi.model.frames import FrameSettings
-from hbi.pipelines.decoding.clip import DECODERS, Clip, DecodeError, Facts, decode_clip, probe, small_frames
+from hbi.pipelines.decoding.clip import (
+    DECODERS,
+    Clip,
+    DecodeError,
+    VideoInfo,
+    decode_clip,
+    probe,
+    small_frames,
+)
 
 START_SECONDS = 60.0
 """How long a child may take to start (a busy machine, a cold disk)."""
@@ -90,9 +98,9 @@ class Decoder:
         size = self.settings.size
         return replace(clip, frames=[np.frombuffer(b, np.uint8).reshape(size, size, 3) for b in blobs])
 
-    def probe(self, data: bytes | Path | str) -> Facts:
+    def probe(self, data: bytes | Path | str) -> VideoInfo:
         """What a video is, without its frames; DecodeError with a reason for people."""
-        return Facts(**self._ask("probe", data)[0])
+        return VideoInfo(**self._ask("probe", data)[0])
 
     def cuts(self, data: bytes | Path | str, threshold: float, min_seconds: float) -> list[float]:
         """When new shots begin, in seconds, the first (0) left out; see `find_cuts`. DecodeError likewise."""
@@ -134,7 +142,7 @@ class Decoder:
             return self._exchange(request | {"decoders": ("pyav",)}, payload, deadline)
         finally:
             child = self._child
-            if child is not None and (not child.alive or child.done >= self.renew_after or child.swollen()):
+            if child is not None and (not child.alive or child.done >= self.renew_after or child.leaking()):
                 self.close()
 
     def _exchange(
@@ -183,7 +191,7 @@ class _Child:
         self.start_seconds = time.monotonic() - begin
         self.idle = self.resident()
 
-    def swollen(self) -> bool:
+    def leaking(self) -> bool:
         """Whether it still holds much of what a clip may take, though it has nothing to do: a leak."""
         return self.resident() > self.idle + min(LEAK, self.memory // 2)
 

@@ -1,25 +1,31 @@
 """Which clips are not wanted: pure functions that return a reason or nothing.
 
-    reject(row, clip, look(clip.jpegs), settings)     by itself: length, size, aspect, caption, black, still
-    duplicates(prints, settings)                      against the rows before it: the same, or nearly the same
+    reject(candidate, settings)            by itself: length, size, aspect, caption, black, still, and a user's own
+    duplicates(fingerprints, settings)     against the rows before it: the same, or nearly the same
 
 Both depend on nothing but their arguments, so the same manifest and settings reject the same rows, however many
-workers there are.
+workers there are. A filter of one's own is a function of a candidate: from Python `FilterSettings(own=(function,))`,
+for the command line a field of `FilterSettings`, a function beside the others, and its place in `FILTERS`.
 """
 
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-from PIL import Image
+import tyro
 
-from hbi.pipelines.decoding.clip import Clip
 from hbi.pipelines.manifest import Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from hbi.pipelines.decoding.clip import Clip
 
 HASH_FRAMES = 3
 """Frames of a clip that its perceptual hash covers: first, middle, last."""
@@ -52,6 +58,8 @@ class FilterSettings:
     near: int | None = None
     """Reject a clip whose perceptual hash differs in at most so many of 64 bits a frame from an earlier one's. 4 finds
     re-encoded and resized copies."""
+    own: Annotated[tuple[Callable[["Candidate"], str | None], ...], tyro.conf.Suppress] = ()
+    """Filters of one's own: each takes a `Candidate` and returns why it is not wanted, or None."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -79,16 +87,26 @@ class FilterSettings:
             raise ValueError(f"filters: near is {self.near}, must lie between 0 and 16 bits")
 
     @property
-    def looks(self) -> bool:
-        """Whether the frames themselves are asked about."""
-        return self.black is not None or self.still is not None or self.near is not None
+    def compares(self) -> bool:
+        """Whether clips are compared with earlier ones."""
+        return self.same or self.near is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What is asked, in plain values; one's own filters by their names."""
+        asked = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        asked["own"] = [f"{own.__module__}.{own.__qualname__}" for own in self.own]
+        return {
+            name: value
+            for name, value in asked.items()
+            if value is not None and value is not False and value != []
+        }
 
 
 # --- A clip by itself -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Look:
+class FrameStats:
     """What the filters need to know of a clip's pictures."""
 
     brightness: float
@@ -99,41 +117,56 @@ class Look:
     """Perceptual hash of the first, middle and last frame, in hexadecimal."""
 
 
-def look(jpegs: Sequence[bytes]) -> Look:
+def frame_stats(jpegs: Sequence[bytes]) -> FrameStats:
     """Looks at the frames of a clip, in time order and at a quarter of their size (JPEG decodes to that directly)."""
     import imagehash
+    import numpy as np
 
     small = [_small(jpeg) for jpeg in jpegs]
     pixels = [np.asarray(image, dtype=np.float32) for image in small]
     changes = [float(np.abs(b - a).mean()) for a, b in pairwise(pixels)]
     picks = np.linspace(0, len(small) - 1, HASH_FRAMES).round().astype(int)
-    return Look(
+    return FrameStats(
         brightness=round(max(float(image.mean()) for image in pixels), 3),
         change=round(max(changes, default=0.0), 3),
         hash="".join(str(imagehash.phash(small[pick])) for pick in picks),
     )
 
 
-def _small(jpeg: bytes) -> Image.Image:
+def _small(jpeg: bytes) -> "Image":
+    from PIL import Image
+
     image = Image.open(io.BytesIO(jpeg))
     image.draft("L", (image.width // 4, image.height // 4))
     return image.convert("L")
 
 
-def reject(row: Row, clip: Clip, seen: Look | None, settings: FilterSettings) -> str | None:
-    """Why a clip is not wanted, or None. seen: needed where `settings.looks`."""
-    reason = (
-        wrong_length(clip.end - clip.start, settings)
-        or wrong_size(clip.width, clip.height, settings)
-        or wrong_caption(row.captions, settings)
+@dataclass(frozen=True)
+class Candidate:
+    """A clip that would be a sample, as the filters see it."""
+
+    row: Row
+    """Its row of the manifest."""
+    clip: "Clip"
+    """Its frames (`clip.jpegs`), times and size."""
+
+    @cached_property
+    def stats(self) -> FrameStats:
+        """What its pictures are like; looked at when a filter first asks."""
+        return frame_stats(self.clip.jpegs)
+
+
+def reject(candidate: Candidate, settings: FilterSettings) -> str | None:
+    """Why a clip is not wanted, or None: the first reason of `FILTERS`, then of one's own."""
+    reasons = chain(
+        (asked(candidate, settings) for asked in FILTERS), (own(candidate) for own in settings.own)
     )
-    if reason or seen is None:
-        return reason
-    return black(seen, settings) or still(seen, settings)
+    return next(filter(None, reasons), None)
 
 
-def wrong_length(seconds: float, settings: FilterSettings) -> str | None:
+def wrong_length(candidate: Candidate, settings: FilterSettings) -> str | None:
     """A clip that is too short or too long."""
+    seconds = candidate.clip.end - candidate.clip.start
     if settings.min_seconds is not None and seconds < settings.min_seconds - 1e-6:
         return f"too short: {seconds:.2f} s, less than {settings.min_seconds:g} s"
     if settings.max_seconds is not None and seconds > settings.max_seconds + 1e-6:
@@ -141,8 +174,9 @@ def wrong_length(seconds: float, settings: FilterSettings) -> str | None:
     return None
 
 
-def wrong_size(width: int, height: int, settings: FilterSettings) -> str | None:
+def wrong_size(candidate: Candidate, settings: FilterSettings) -> str | None:
     """A source that is too small or too wide (or tall)."""
+    width, height = candidate.clip.width, candidate.clip.height
     if settings.min_side is not None and min(width, height) < settings.min_side:
         return f"too small: {width}x{height}, short side less than {settings.min_side}"
     if settings.max_aspect is not None and max(width, height) > settings.max_aspect * min(width, height):
@@ -152,12 +186,12 @@ def wrong_size(width: int, height: int, settings: FilterSettings) -> str | None:
     return None
 
 
-def wrong_caption(captions: Sequence[str], settings: FilterSettings) -> str | None:
+def wrong_caption(candidate: Candidate, settings: FilterSettings) -> str | None:
     """A clip none of whose captions has the length that is asked for."""
     least, most = settings.min_words, settings.max_words
     if least is None and most is None:
         return None
-    lengths = [len(caption.split()) for caption in captions]
+    lengths = [len(caption.split()) for caption in candidate.row.captions]
     if any((least or 0) <= length <= (length if most is None else most) for length in lengths):
         return None
     asked = f"{least or 0} to {'any number of' if most is None else most} words"
@@ -166,31 +200,41 @@ def wrong_caption(captions: Sequence[str], settings: FilterSettings) -> str | No
     return f"caption length: {', '.join(map(str, lengths[:5]))} words, {asked} are asked for"
 
 
-def black(seen: Look, settings: FilterSettings) -> str | None:
+def black(candidate: Candidate, settings: FilterSettings) -> str | None:
     """A clip that shows nothing."""
-    if settings.black is not None and seen.brightness <= settings.black:
-        return f"black: no frame is brighter than {seen.brightness:.1f} of 255"
+    if settings.black is not None and candidate.stats.brightness <= settings.black:
+        return f"black: no frame is brighter than {candidate.stats.brightness:.1f} of 255"
     return None
 
 
-def still(seen: Look, settings: FilterSettings) -> str | None:
+def still(candidate: Candidate, settings: FilterSettings) -> str | None:
     """A picture that does not move."""
-    if settings.still is not None and seen.change <= settings.still:
-        return f"still picture: frames differ by {seen.change:.2f} of 255 at most"
+    if settings.still is not None and candidate.stats.change <= settings.still:
+        return f"still picture: frames differ by {candidate.stats.change:.2f} of 255 at most"
     return None
+
+
+FILTERS: tuple[Callable[[Candidate, FilterSettings], str | None], ...] = (
+    wrong_length,
+    wrong_size,
+    wrong_caption,
+    black,
+    still,
+)
+"""In the order in which they are asked."""
 
 
 # --- A clip against those before it ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Print:
+class Fingerprint:
     """By what a clip is recognised."""
 
     digest: str
     """`digest` of its file and times."""
     hash: str
-    """`Look.hash`."""
+    """`FrameStats.hash`."""
 
 
 def digest(path: str | Path, start: float | None, end: float | None) -> str:
@@ -201,15 +245,15 @@ def digest(path: str | Path, start: float | None, end: float | None) -> str:
     return found.hexdigest()
 
 
-def duplicates(prints: Iterable[tuple[int, Print]], settings: FilterSettings) -> dict[int, str]:
-    """The rows that repeat an earlier one, with the reason. prints: (row number, print), in the order of rows.
+def duplicates(fingerprints: Iterable[tuple[int, Fingerprint]], settings: FilterSettings) -> dict[int, str]:
+    """The rows that repeat an earlier one, with the reason. fingerprints: by row number, in the order of rows.
 
     The first of a kind stays. Only rows that stay are compared with, so a chain of small differences is not all one.
     """
     repeats: dict[int, str] = {}
     same: dict[str, int] = {}
     near = _Near(settings.near) if settings.near is not None else None
-    for number, found in prints:
+    for number, found in fingerprints:
         if settings.same:
             first = same.setdefault(found.digest, number)
             if first != number:
@@ -232,6 +276,8 @@ class _Near:
     """
 
     def __init__(self, bits: int) -> None:
+        import numpy as np
+
         self.most = bits * HASH_FRAMES
         edges = np.linspace(0, HASH_BITS * HASH_FRAMES, self.most + 2).round().astype(int).tolist()
         self.bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]

@@ -24,7 +24,7 @@ DIGEST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardPlan:
     """One shard to be made: its rows lie in `OUT/.plan/<part>`, from `offset` on."""
 
     name: str
@@ -49,7 +49,7 @@ class Plan:
     """Digest of the manifest and the settings: another run may go on in this folder only if they are the same."""
     rows: int
     """Rows of the manifest."""
-    units: list[Unit]
+    shards: list[ShardPlan]
     """In the order in which their last rows stand in the manifest."""
 
 
@@ -78,14 +78,14 @@ def plan(
         raise ValueError(
             f"{out} holds shards of another run: {'; '.join(differences)}. Run with the same, or choose another folder"
         )
-    return Plan(identity, found["rows"], [Unit(*unit) for unit in found["units"]])
+    return Plan(identity, found["rows"], [ShardPlan(*shard_plan) for shard_plan in found["units"]])
 
 
-def read_unit(out: str, unit: Unit) -> list[tuple[str, Row]]:
-    """The rows of a unit with their keys."""
-    with storage.open_file(storage.join(out, FOLDER, unit.part)) as stream:
-        stream.seek(unit.offset)
-        planned = [json.loads(line) for line in stream.read(unit.bytes).splitlines()]
+def read_rows(out: str, shard_plan: ShardPlan) -> list[tuple[str, Row]]:
+    """The rows of a planned shard with their keys."""
+    place = storage.join(out, FOLDER, shard_plan.part)
+    lines = storage.read_range(place, shard_plan.offset, shard_plan.bytes).splitlines()
+    planned = [json.loads(line) for line in lines]
     return [(row.pop("key"), Row(**row)) for row in planned]
 
 
@@ -98,12 +98,12 @@ def _write(
     progress: Callable[[int], object] | None,
 ) -> Plan:
     """Streams the manifest into parts; plan.json, written last, makes them count."""
-    units: list[Unit] = []
+    shard_plans: list[ShardPlan] = []
     waiting: dict[str, list[bytes]] = {}
     numbers: dict[str, Iterator[int]] = {}
     count = 0
     with ExitStack() as stack:
-        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hbi-plan-")))
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hbi-plan-")))
         parts = itertools.count()
         part: tuple[str, IO[bytes]] | None = None
 
@@ -111,21 +111,21 @@ def _write(
             nonlocal part
             if part is None:
                 name = f"{next(parts):06d}.jsonl"
-                part = name, stack.enter_context((spool / name).open("wb"))
+                part = name, stack.enter_context((staging / name).open("wb"))
             name, stream = part
             lines = waiting.pop(split)
             number = next(numbers.setdefault(split, itertools.count()))
             shard = f"{split}-{number:06d}.tar"
             offset = stream.tell()
             stream.writelines(lines)
-            units.append(Unit(shard, split, len(lines), name, offset, stream.tell() - offset))
+            shard_plans.append(ShardPlan(shard, split, len(lines), name, offset, stream.tell() - offset))
             if stream.tell() >= PART_BYTES:
                 put(part)
                 part = None
 
         def put(finished: tuple[str, IO[bytes]]) -> None:
             finished[1].close()
-            storage.put_file(str(spool / finished[0]), storage.join(out, FOLDER, finished[0]), move=True)
+            storage.put_file(str(staging / finished[0]), storage.join(out, FOLDER, finished[0]), move=True)
 
         for count, row in enumerate(read_manifest(manifest), 1):
             # Escaped to ASCII: file names that are not UTF-8, and lone surrogates, come back as they were.
@@ -141,8 +141,13 @@ def _write(
             put(part)
     if not count:
         raise ValueError(f"{manifest}: no rows: a manifest has one clip a line")
-    made = Plan(identity, count, units)
-    content = {"version": 1, "identity": identity, "rows": count, "units": [astuple(unit) for unit in units]}
+    made = Plan(identity, count, shard_plans)
+    content = {
+        "version": 1,
+        "identity": identity,
+        "rows": count,
+        "units": [astuple(shard_plan) for shard_plan in shard_plans],
+    }
     storage.write_bytes(place, json.dumps(content).encode())
     return made
 

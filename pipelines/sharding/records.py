@@ -15,11 +15,11 @@ from typing import Any
 
 from hbi.infra import storage
 from hbi.pipelines.sample import FAILURES_NAME, INDEX_NAME, ShardInfo
-from hbi.pipelines.sharding.filters import Print
-from hbi.pipelines.sharding.plan import Plan, Unit
+from hbi.pipelines.sharding.filters import Fingerprint
+from hbi.pipelines.sharding.plan import Plan, ShardPlan
 
 DONE = ".done"
-SPOOL = ".spool"
+STAGING = ".staging"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class ClipFacts:
+class ClipStats:
     """What the summary and the report say about a sample."""
 
     seconds: float
@@ -54,7 +54,7 @@ class ClipFacts:
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardManifest:
     """The commit record of a shard: its rows are samples or failures."""
 
     shard: ShardInfo
@@ -63,28 +63,28 @@ class Record:
     """Manifest rows: samples plus failures."""
     failures: list[Failure]
     """In manifest order."""
-    clips: list[ClipFacts]
+    clips: list[ClipStats]
     """One a sample, in manifest order."""
-    prints: list[tuple[int, Print]] = field(default_factory=list)
+    fingerprints: list[tuple[int, Fingerprint]] = field(default_factory=list)
     """Where clips are compared with each other: one a sample, with the number of its row."""
 
     @staticmethod
-    def parse(content: bytes) -> "Record":
+    def parse(content: bytes) -> "ShardManifest":
         """From JSON; ValueError, KeyError or TypeError if it is none."""
         record = json.loads(content)
-        return Record(
+        return ShardManifest(
             ShardInfo(**record["shard"]),
             record["rows"],
             [Failure(**failure) for failure in record["failures"]],
-            [ClipFacts(*clip) for clip in record["clips"]],
-            [(row, Print(digest, hash)) for row, digest, hash in record["prints"]],
+            [ClipStats(*clip) for clip in record["clips"]],
+            [(row, Fingerprint(digest, hash)) for row, digest, hash in record["fingerprints"]],
         )
 
     def json(self) -> bytes:
         """The inverse of `parse`."""
         content = asdict(self)
         content["clips"] = [list(clip.values()) for clip in content["clips"]]
-        content["prints"] = [[row, *found.values()] for row, found in content["prints"]]
+        content["fingerprints"] = [[row, *found.values()] for row, found in content["fingerprints"]]
         return json.dumps(content).encode()
 
 
@@ -93,21 +93,21 @@ def record_path(out: str, shard: str) -> str:
     return storage.join(out, DONE, f"{shard}.json")
 
 
-def spool_of(folder: str) -> str | None:
+def staging_folder(folder: str) -> str | None:
     """A place for unfinished files: beside the output, so that putting one in place is a rename."""
     if storage.is_remote(folder):
         return None
-    spool = storage.join(folder, SPOOL)
-    Path(spool).mkdir(parents=True, exist_ok=True)
-    return spool
+    staging = storage.join(folder, STAGING)
+    Path(staging).mkdir(parents=True, exist_ok=True)
+    return staging
 
 
-def read_records(out: str, names: list[str]) -> Iterator[tuple[str, Record | None]]:
+def read_records(out: str, names: list[str]) -> Iterator[tuple[str, ShardManifest | None]]:
     """The commit records of the named shards, in order, a few read ahead; None where one is missing or broken."""
 
-    def read(name: str) -> Record | None:
+    def read(name: str) -> ShardManifest | None:
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            return Record.parse(storage.read_bytes(record_path(out, name)))
+            return ShardManifest.parse(storage.read_bytes(record_path(out, name)))
         return None
 
     ahead = 32 if storage.is_remote(out) else 1
@@ -117,20 +117,22 @@ def read_records(out: str, names: list[str]) -> Iterator[tuple[str, Record | Non
             yield from zip(batch, readers.map(read, batch), strict=True)
 
 
-def unfinished(folder: str, units: list[Unit], tars: bool = True) -> Iterator[tuple[Unit, Record | None]]:
-    """Every unit with the record of its finished shard in `folder`, or None where it is to be made.
+def unfinished(
+    folder: str, shard_plans: list[ShardPlan], tars: bool = True
+) -> Iterator[tuple[ShardPlan, ShardManifest | None]]:
+    """Every planned shard with the record of its finished shard in `folder`, or None where it is to be made.
 
     tars: whether the tar must be there, as long as recorded; False asks for its record only.
     """
     there = storage.list_sizes(folder)
     recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(folder, DONE))}
-    by_name = {unit.name: unit for unit in units}
-    kept = [unit.name for unit in units if f"{unit.name}.json" in recorded]
+    by_name = {shard_plan.name: shard_plan for shard_plan in shard_plans}
+    kept = [shard_plan.name for shard_plan in shard_plans if f"{shard_plan.name}.json" in recorded]
     for name, record in read_records(folder, kept):
-        unit = by_name.pop(name)
+        shard_plan = by_name.pop(name)
         whole = (
             record is not None
-            and record.rows == unit.rows
+            and record.rows == shard_plan.rows
             and (
                 not tars
                 or not record.shard.samples
@@ -138,22 +140,22 @@ def unfinished(folder: str, units: list[Unit], tars: bool = True) -> Iterator[tu
             )
             and not any(failure.passing for failure in record.failures)
         )
-        yield unit, record if whole else None
-    for unit in by_name.values():
-        yield unit, None
+        yield shard_plan, record if whole else None
+    for shard_plan in by_name.values():
+        yield shard_plan, None
 
 
-def write_index(out: str, plan: Plan) -> Iterator[Record]:
+def write_index(out: str, plan: Plan) -> Iterator[ShardManifest]:
     """Yields every commit record, by name, and writes `failures.jsonl` and `index.json` from them at the end.
 
     AssertionError if a row of the manifest is unaccounted for.
     """
-    names = sorted(unit.name for unit in plan.units)
+    names = sorted(shard_plan.name for shard_plan in plan.shards)
     shards: list[dict[str, Any]] = []
     samples = failed = 0
-    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=spool_of(out)) as folder:
-        spool = Path(folder) / FAILURES_NAME
-        with spool.open("wb") as stream:
+    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=staging_folder(out)) as folder:
+        staging = Path(folder) / FAILURES_NAME
+        with staging.open("wb") as stream:
             for name, record in read_records(out, names):
                 assert record is not None, f"{name} has no commit record"
                 yield record
@@ -166,7 +168,7 @@ def write_index(out: str, plan: Plan) -> Iterator[Record]:
                     del row["passing"]
                     stream.write(json.dumps(row).encode() + b"\n")
         assert samples + failed == plan.rows, f"{samples} samples and {failed} failures of {plan.rows} rows"
-        storage.put_file(str(spool), storage.join(out, FAILURES_NAME), move=True)
+        storage.put_file(str(staging), storage.join(out, FAILURES_NAME), move=True)
     index = {
         "version": 1,
         "settings": plan.identity["settings"],

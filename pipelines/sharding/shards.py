@@ -1,6 +1,6 @@
-"""Shards: the rows of one planned unit become one tar, whole or not at all, with a commit record that says so.
+"""Shards: the rows that are planned for it become one tar, whole or not at all, with a commit record that says so.
 
-The tar is written to a spool file, put in its place in one step, and recorded at last: counts, bytes, digest, and
+The tar is written to a staging file, put in its place in one step, and recorded at last: counts, bytes, digest, and
 a failure for every row that has no sample.
 """
 
@@ -13,22 +13,22 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from hbi.infra import storage
-from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.manifest import Row
 from hbi.pipelines.sample import Sample, ShardInfo, members_of
-from hbi.pipelines.sharding.filters import FilterSettings, Print, digest, look, reject
-from hbi.pipelines.sharding.plan import Unit, read_unit
-from hbi.pipelines.sharding.records import ClipFacts, Failure, Record, record_path, spool_of
+from hbi.pipelines.sharding.filters import Candidate, FilterSettings, Fingerprint, digest, frame_stats, reject
+from hbi.pipelines.sharding.plan import ShardPlan, read_rows
+from hbi.pipelines.sharding.records import ClipStats, Failure, ShardManifest, record_path, staging_folder
+from hbi.pipelines.sharding.settings import ShardSettings
 
 Item = TypeVar("Item")
 OUT_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,57 +38,10 @@ class ShardError(Exception):
     """Something that stops the run, in one line: the output cannot be written, the storage is down."""
 
 
-@dataclass(frozen=True)
-class ShardSettings:
-    """How a manifest becomes shards."""
-
-    frames: FrameSettings = field(default_factory=FrameSettings)
-    """Which frames of a clip, and their size."""
-    samples_per_shard: int = 100
-    """Manifest rows per tar; those that fail leave it smaller."""
-    jpeg_quality: int = 95
-    """Of the frames, 1 to 100."""
-    clip_timeout: float = 60.0
-    """Seconds after which the decoding of a clip is ended and recorded as a failure."""
-    clip_memory: int = 2048
-    """MiB that the decoding of a clip may take."""
-
-    filters: FilterSettings = field(default_factory=FilterSettings)
-    """Which clips are not wanted."""
-
-    def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {self.samples_per_shard}, must be at least 1")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality is {self.jpeg_quality}, must lie between 1 and 100")
-        if self.clip_memory < 64:
-            raise ValueError(f"clip_memory is {self.clip_memory}, must be at least 64 MiB")
-        if self.clip_timeout <= 0:
-            raise ValueError(f"clip_timeout is {self.clip_timeout}, must be above 0 seconds")
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the shards: all but the patience with a clip."""
-        frames = asdict(self.frames)
-        return {
-            "frames": frames.pop("count"),
-            **frames,
-            "jpeg_quality": self.jpeg_quality,
-            "samples_per_shard": self.samples_per_shard,
-            "filters": {
-                name: value for name, value in asdict(self.filters).items() if value not in (None, False)
-            },
-        }
-
-    @property
-    def compares(self) -> bool:
-        """Whether clips are compared with earlier ones."""
-        return self.filters.same or self.filters.near is not None
-
-
 def decoder(settings: ShardSettings) -> Decoder:
     """A decoder with the limits of the settings; close it."""
     return Decoder(
-        settings.frames,
+        settings.frame_settings,
         clip_timeout=settings.clip_timeout,
         clip_memory=settings.clip_memory << 20,
         quality=settings.jpeg_quality,
@@ -99,55 +52,74 @@ def decoder(settings: ShardSettings) -> Decoder:
 
 
 def make_shard(
-    out: str, unit: Unit, settings: ShardSettings, decoder: Decoder, folder: str | None = None
-) -> Record:
-    """Decodes a unit's clips into its tar, puts it in place and records it. ShardError where nothing can be done.
+    out: str,
+    shard_plan: ShardPlan,
+    settings: ShardSettings,
+    decoder: Decoder,
+    folder: str | None = None,
+    row_done: Callable[[], object] = lambda: None,
+) -> ShardManifest:
+    """Decodes a shard's clips into its tar, puts it in place and records it. ShardError where nothing can be done.
 
-    out: where the plan lies, and the shard will, unless `folder` says otherwise.
+    out: where the plan lies, and the shard will, unless `folder` says otherwise. row_done: called after each row.
     """
 
-    def fill(stream: IO[bytes], spool: str) -> Record:
+    def fill(stream: IO[bytes], staging: str) -> ShardManifest:
         failures: list[Failure] = []
-        clips: list[ClipFacts] = []
-        prints: list[tuple[int, Print]] = []
-        rows = read_unit(out, unit)
-        made = _ahead(_made(rows, spool, settings, decoder))
+        clips: list[ClipStats] = []
+        fingerprints: list[tuple[int, Fingerprint]] = []
+        rows = read_rows(out, shard_plan)
+        made = _ahead(_made(rows, staging, settings, decoder))
         with ShardWriter(stream) as writer, closing(made):
             for key, result, found in made:
+                row_done()
                 if isinstance(result, Failure):
                     failures.append(result)
                     continue
                 writer.add(result)
-                clips.append(facts_of(result))
+                clips.append(stats_of(result))
                 if found is not None:
-                    prints.append((int(key), found))
+                    fingerprints.append((int(key), found))
         if len(rows) > 2 and len(failures) == len(rows) and all(failure.passing for failure in failures):
             raise storage.StorageError(failures[0].reason)
-        return Record(ShardInfo(unit.name, unit.split, len(clips), 0, ""), len(rows), failures, clips, prints)
+        return ShardManifest(
+            ShardInfo(shard_plan.name, shard_plan.split, len(clips), 0, ""),
+            len(rows),
+            failures,
+            clips,
+            fingerprints,
+        )
 
-    return commit(out if folder is None else folder, unit.name, fill)
+    return commit(out if folder is None else folder, shard_plan.name, fill)
 
 
-def commit(folder: str, name: str, fill: Callable[[IO[bytes], str], Record]) -> Record:
-    """`fill(stream, spool folder)` writes a tar, which is then put in place, and recorded at last."""
-    with tempfile.TemporaryDirectory(prefix=name, dir=spool_of(folder)) as spool:
-        tar = Path(spool) / "shard.tar"
-        try:
+def commit(folder: str, name: str, fill: Callable[[IO[bytes], str], ShardManifest]) -> ShardManifest:
+    """`fill(stream, staging folder)` writes a tar, which is then put in place, and recorded at last."""
+    with tempfile.TemporaryDirectory(prefix=name, dir=staging_folder(folder)) as staging:
+        tar = Path(staging) / "shard.tar"
+        with stopping(folder, name):
             with tar.open("wb") as stream:
-                record = fill(stream, spool)
+                record = fill(stream, staging)
             record = replace(record, shard=_describe(tar, record.shard))
             if record.shard.samples:
                 storage.put_file(str(tar), storage.join(folder, name), move=True)
             storage.write_bytes(record_path(folder, name), record.json())
-        except storage.StorageError as error:
-            raise ShardError(f"{error}. Run again to go on from here") from error
-        except OSError as error:
-            if error.errno in OUT_IS_FULL:
-                raise ShardError(
-                    f"no space left for {name} ({error.strerror}): free some and run again; finished shards stay"
-                ) from error
-            raise ShardError(f"{name} cannot be written to {folder}: {error}") from error
     return record
+
+
+@contextmanager
+def stopping(folder: str, name: str) -> Iterator[None]:
+    """Inside, what disk or storage refuse of a shard is a ShardError that says what to do."""
+    try:
+        yield
+    except storage.StorageError as error:
+        raise ShardError(f"{error}. Run again to go on from here") from error
+    except OSError as error:
+        if error.errno in OUT_IS_FULL:
+            raise ShardError(
+                f"no space left for {name} ({error.strerror}): free some and run again; finished shards stay"
+            ) from error
+        raise ShardError(f"{name} cannot be written to {folder}: {error}") from error
 
 
 class ShardWriter:
@@ -180,18 +152,18 @@ def _ahead(items: Iterator[Item]) -> Generator[Item]:
 
 
 def _made(
-    rows: list[tuple[str, Row]], spool: str, settings: ShardSettings, decoder: Decoder
-) -> Iterator[tuple[str, Sample | Failure, Print | None]]:
+    rows: list[tuple[str, Row]], staging: str, settings: ShardSettings, decoder: Decoder
+) -> Iterator[tuple[str, Sample | Failure, Fingerprint | None]]:
     """What becomes of each row, and the print of a sample where clips are compared with each other."""
-    for key, row, video in _fetched(rows, spool):
+    for key, row, video in _fetched(rows, staging):
         result = _sample(key, row, video, settings.filters, decoder)
         found = None
-        if settings.compares and isinstance(result, Sample) and isinstance(video, str):
-            found = print_of(result.frames, video, row, settings.filters)
+        if settings.filters.compares and isinstance(result, Sample) and isinstance(video, str):
+            found = fingerprint_of(result.frames, video, row, settings.filters)
         yield key, result, found
 
 
-def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row, str | Failure]]:
+def _fetched(rows: list[tuple[str, Row]], staging: str) -> Iterator[tuple[str, Row, str | Failure]]:
     """Each row with a local path of its video, or why there is none.
 
     Of remote videos the next is fetched while one is decoded; neighbours that cut the same video share its copy.
@@ -202,9 +174,9 @@ def _fetched(rows: list[tuple[str, Row]], spool: str) -> Iterator[tuple[str, Row
         def fetch(group: list[tuple[str, Row]]) -> Callable[[], str | Failure]:
             row = group[0][1]
             return (
-                reader.submit(_fetch, row, spool).result
+                reader.submit(_fetch, row, staging).result
                 if _remote(row.video)
-                else partial(_fetch, row, spool)
+                else partial(_fetch, row, staging)
             )
 
         coming = fetch(groups[0])
@@ -226,15 +198,15 @@ def _remote(video: str) -> bool:
         return False
 
 
-def _fetch(row: Row, spool: str) -> str | Failure:
-    """A local path from which the row's video can be read; remote ones are copied into `spool`."""
+def _fetch(row: Row, staging: str) -> str | Failure:
+    """A local path from which the row's video can be read; remote ones are copied into `staging`."""
 
     def failure(reason: str, passing: bool = False) -> Failure:
         return Failure("", "", row.video, "read", " ".join(reason.split()), passing)
 
     try:
         if storage.is_remote(row.video):
-            return storage.local_copy(row.video, spool)
+            return storage.local_copy(row.video, staging)
         path = storage.absolute(row.video)
         mode = os.stat(path).st_mode  # noqa: PTH116 (a name with a null byte must raise here, not in pathlib)
         if stat.S_ISDIR(mode):
@@ -265,7 +237,7 @@ def _sample(
         clip = decoder.decode(video, row.start, row.end)
     except DecodeError as error:
         return Failure(key, row.id, row.video, "decode", " ".join(str(error).split()))
-    reason = reject(row, clip, look(clip.jpegs) if filters.looks else None, filters)
+    reason = reject(Candidate(row, clip), filters)
     if reason is not None:
         return Failure(key, row.id, row.video, "filter", reason)
     return Sample(
@@ -287,18 +259,18 @@ def _sample(
     )
 
 
-def print_of(jpegs: list[bytes], video: str, row: Row, filters: FilterSettings) -> Print:
+def fingerprint_of(jpegs: list[bytes], video: str, row: Row, filters: FilterSettings) -> Fingerprint:
     """By what a sample is recognised, as far as the filters ask."""
-    return Print(
+    return Fingerprint(
         digest(video, row.start, row.end) if filters.same else "",
-        look(jpegs).hash if filters.near is not None else "",
+        frame_stats(jpegs).hash if filters.near is not None else "",
     )
 
 
-def facts_of(sample: Sample) -> ClipFacts:
+def stats_of(sample: Sample) -> ClipStats:
     """What the summary and the report say of a sample."""
     words = len(sample.captions[0].split()) if sample.captions else 0
-    return ClipFacts(
+    return ClipStats(
         round(sample.end - sample.start, 6), sample.fps, sample.width, sample.height, words, sample.decoder
     )
 

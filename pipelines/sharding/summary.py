@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hbi.infra import storage
 from hbi.pipelines.sample import FAILURES_NAME
-from hbi.pipelines.sharding.records import Record
+from hbi.pipelines.sharding.records import ShardManifest
 
 REASONS = 1000
 """Most kinds of failure that are counted apart."""
@@ -42,7 +42,7 @@ class Summary:
     work_seconds: float = 0.0
     """From the first shard to the last."""
 
-    def add(self, record: Record) -> None:
+    def add(self, record: ShardManifest) -> None:
         """Takes a finished shard into account."""
         self.rows += record.rows
         self.samples += record.shard.samples

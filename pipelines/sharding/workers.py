@@ -2,32 +2,39 @@
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from hbi.infra.nodes import decode_options
 from hbi.infra.ray_runtime import dataset_of
+from hbi.infra.scratch import claim_scratch
 from hbi.pipelines.decoding.clip import DecodeError
-from hbi.pipelines.sharding import shards
-from hbi.pipelines.sharding.dedup import thin_shard
-from hbi.pipelines.sharding.plan import Unit
-from hbi.pipelines.sharding.records import Record
-from hbi.pipelines.sharding.shards import ShardError, ShardSettings
+from hbi.pipelines.sharding import attempts, shards
+from hbi.pipelines.sharding.dedup import without_duplicates
+from hbi.pipelines.sharding.plan import ShardPlan
+from hbi.pipelines.sharding.records import ShardManifest
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardError
 
 WAVE, WAVE_PER_CPU = 2000, 100
 """Shards given to Ray Data at once, at least and for each CPU: what the driver holds does not grow with the corpus."""
-RETRIES = 2
-"""How often a shard is begun again after its worker died."""
 WAITING = 2
 """Shards that a worker is given at once. Ray Data sees a tenth of a second late that one is done: the next is there."""
 
+TELL_SECONDS = 2.0
+"""How often a worker says how far its shard is."""
+
+Tell = Callable[[tuple[str, int]], object]
+
 
 @dataclass(frozen=True)
-class Done:
+class ShardResult:
     """What a worker says of its shard. One, of no rows, says that the first worker is up."""
 
+    name: str
+    """The shard."""
     rows: int
     """Manifest rows that it stands for."""
     failures: int
@@ -37,60 +44,93 @@ class Done:
 
 
 class ShardMaker:
-    """A worker with a decoder of its own: makes the shard of each unit that it gets."""
+    """A worker with a decoder of its own: makes the shard of each plan that it gets."""
 
-    def __init__(self, out: str, settings: ShardSettings, folder: str) -> None:
-        self.out, self.settings, self.folder = out, settings, folder
+    def __init__(self, out: str, settings: ShardSettings, folder: str, tell: Tell) -> None:
+        claim_scratch()
+        self.out, self.settings, self.folder, self.tell = out, settings, folder, tell
         self.decoder = shards.decoder(settings)
         with suppress(DecodeError):
             self.decoder.decode(b"")  # starts the child: its imports take a moment, once
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return _answer(
-            row, lambda unit: shards.make_shard(self.out, unit, self.settings, self.decoder, self.folder)
-        )
+        return _answer(row, self.make)
+
+    def make(self, shard_plan: ShardPlan) -> ShardManifest:
+        """The shard's record; it says how far it is, now and then."""
+        with shards.stopping(self.folder, shard_plan.name):
+            if not attempts.begin(self.folder, shard_plan.name):
+                return attempts.give_up(self.out, self.folder, shard_plan)
+        rows, told = 0, time.monotonic()
+
+        def row_done() -> None:
+            nonlocal rows, told
+            rows += 1
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                self.tell((shard_plan.name, rows))
+
+        return shards.make_shard(self.out, shard_plan, self.settings, self.decoder, self.folder, row_done)
 
 
-class ShardThinner:
-    """A worker that copies the shard of each unit that it gets, without the rows that repeat earlier ones."""
+class DuplicateDropper:
+    """A worker that copies the shard of each plan that it gets, without the rows that repeat earlier ones."""
 
-    def __init__(self, out: str, repeats: Any) -> None:
+    def __init__(self, out: str, duplicates: Any) -> None:
         import ray
 
+        claim_scratch()
         self.out = out
-        self.repeats: dict[int, str] = ray.get(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        self.duplicates: dict[int, str] = ray.get(duplicates)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return _answer(row, lambda unit: thin_shard(self.out, unit, self.repeats))
+        return _answer(row, self.copy)
+
+    def copy(self, shard_plan: ShardPlan) -> ShardManifest:
+        """The record of the shard without its duplicates."""
+        with shards.stopping(self.out, shard_plan.name):
+            if not attempts.begin(self.out, shard_plan.name):
+                return attempts.give_up(self.out, self.out, shard_plan)
+        return without_duplicates(self.out, shard_plan, self.duplicates)
 
 
-def make_shards(out: str, units: list[Unit], settings: ShardSettings, folder: str) -> Iterator[Done]:
-    """Makes the shards of `units`, planned in `out`, in `folder`; yields as they finish."""
-    return _spread(ShardMaker, (out, settings, folder), units)
+def make_shards(
+    out: str, shard_plans: list[ShardPlan], settings: ShardSettings, folder: str, tell: Tell
+) -> Iterator[ShardResult]:
+    """Makes the shards of `shard_plans`, planned in `out`, in `folder`; yields as they finish.
+
+    tell: is given, by the workers, the name of a shard and how many of its rows are done.
+    """
+    return _spread(ShardMaker, (out, settings, folder, tell), shard_plans)
 
 
-def thin_shards(out: str, units: list[Unit], repeats: dict[int, str]) -> Iterator[Done]:
-    """Copies shards of the first pass to `out`, without the rows of `repeats`; yields as they finish."""
+def drop_duplicates(
+    out: str, shard_plans: list[ShardPlan], duplicates: dict[int, str]
+) -> Iterator[ShardResult]:
+    """Copies shards of the first pass to `out`, without the rows of `duplicates`; yields as they finish."""
     import ray
 
-    return _spread(ShardThinner, (out, ray.put(repeats)), units)
+    return _spread(DuplicateDropper, (out, ray.put(duplicates)), shard_plans)
 
 
-def _spread(worker: type, arguments: tuple[Any, ...], units: list[Unit]) -> Iterator[Done]:
-    """The units to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop."""
+def _spread(worker: type, arguments: tuple[Any, ...], shard_plans: list[ShardPlan]) -> Iterator[ShardResult]:
+    """The plans to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop.
+
+    There are as many workers as CPUs to begin with, and then more or fewer, as nodes come and go.
+    """
     import ray
 
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     wave = max(WAVE, WAVE_PER_CPU * cpus)
-    for start in range(0, len(units), wave):
-        given = [json.dumps(astuple(unit)) for unit in units[start : start + wave]]
+    for start in range(0, len(shard_plans), wave):
+        given = [json.dumps(astuple(shard_plan)) for shard_plan in shard_plans[start : start + wave]]
         # One more, of nothing: the answer to it says that a worker is up.
-        rows = [{"unit": unit} for unit in ["", *given]]
+        rows = [{"plan": shard_plan} for shard_plan in ["", *given]]
         for row in _each(worker, arguments, min(cpus, len(given)), rows):
             if row["error"]:
                 raise ShardError(row["error"])
             if row["rows"] or not start:
-                yield Done(row["rows"], row["failures"], row["time"])
+                yield ShardResult(row["name"], row["rows"], row["failures"], row["time"])
 
 
 def _each(
@@ -101,17 +141,17 @@ def _each(
     from ray.data.block import BlockAccessor
     from ray.exceptions import RayError, RayTaskError
 
-    with warnings.catch_warnings():
-        # Ray Data begins a shard that kills its worker again for ever; the only bound is an argument that it calls
-        # deprecated without naming another.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        data = dataset_of(rows).map(
-            worker,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
-            fn_constructor_args=arguments,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=WAITING),
-            num_cpus=1,
-            max_task_retries=RETRIES,
-        )
+    # Ray Data begins again, without end, what is lost with its worker; `attempts` gives up what is to blame itself.
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1, initial_size=workers, max_size=len(rows), max_tasks_in_flight_per_actor=WAITING
+    )
+    data = dataset_of(rows).map(
+        worker,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
+        fn_constructor_args=arguments,
+        compute=pool,
+        num_cpus=1,
+        **decode_options(),
+    )
     try:
         # Not iter_rows: where it is left half-way (Ctrl-C), it waits for the running tasks to finish.
         for bundle in data.iter_internal_ref_bundles():
@@ -125,13 +165,15 @@ def _each(
         raise ShardError(f"Ray lost a worker for good ({reason}): run again to go on") from error
 
 
-def _answer(row: dict[str, Any], work: Callable[[Unit], Record]) -> dict[str, Any]:
+def _answer(row: dict[str, Any], work: Callable[[ShardPlan], ShardManifest]) -> dict[str, Any]:
     """What a worker says. An error that stops the run travels as a row, for Ray would wrap an exception and log it."""
-    record, error = None, ""
-    if row["unit"]:
+    record, error, name = None, "", ""
+    if row["plan"]:
+        shard_plan = ShardPlan(*json.loads(row["plan"]))
+        name = shard_plan.name
         try:
-            record = work(Unit(*json.loads(row["unit"])))
+            record = work(shard_plan)
         except ShardError as stop:
             error = str(stop)
     rows, failures = (record.rows, len(record.failures)) if record is not None else (0, 0)
-    return {"error": error, "rows": rows, "failures": failures, "time": time.time()}
+    return {"error": error, "name": name, "rows": rows, "failures": failures, "time": time.time()}

@@ -59,7 +59,7 @@ def test_a_path_that_another_node_does_not_see_is_refused(
 ):
     out = tmp_path / "out"
     monkeypatch.setattr(nodes, "alive_nodes", lambda: [node(), node()])
-    monkeypatch.setattr(nodes, "_on_every_node", lambda nodes, places: {"10.0.0.2": dict.fromkeys(places)})
+    monkeypatch.setattr(nodes, "on_every_node", lambda _, places: {"10.0.0.2": dict.fromkeys(places)})
     with pytest.raises(ValueError, match=rf"^--out {out}: node 10.0.0.2 does not see this folder[^\n]*s3://"):
         nodes.require_shared({"--out": str(out)})
     with pytest.raises(ValueError, match=r"^--tracking sqlite:///x.db: 2 nodes cannot share a sqlite file"):
@@ -68,8 +68,7 @@ def test_a_path_that_another_node_does_not_see_is_refused(
 
 
 def test_a_path_that_every_node_sees_will_do(ray_session: None, tmp_path: Path):
-    real = nodes.alive_nodes()
-    seen = nodes._on_every_node(real, [str(tmp_path), str(tmp_path / "none")])
+    seen = nodes.on_every_node(nodes._stamps, [str(tmp_path), str(tmp_path / "none")])
     stat = tmp_path.stat()
     assert list(seen.values()) == [
         {str(tmp_path): (stat.st_size, stat.st_mtime_ns), str(tmp_path / "none"): None}

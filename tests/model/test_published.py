@@ -269,6 +269,69 @@ def test_another_size_without_an_estimator() -> None:
     assert all(similarity.isfinite().all() for similarity in similarities.values())
 
 
+def qa_shapes(answers: int) -> dict[str, list[int]]:
+    """What a checkpoint of the published QA training holds beside that of the retrieval training."""
+    shapes: dict[str, list[int]] = {}
+    for suffix in ("", "0", "1"):
+        for side in "tv":
+            shapes[f"{side}_weight{suffix}.0.weight"] = [512, 512]
+            shapes[f"{side}_weight{suffix}.0.bias"] = [512]
+            shapes[f"{side}_weight{suffix}.2.weight"] = [1, 512]
+            shapes[f"{side}_weight{suffix}.2.bias"] = [1]
+            shapes[f"{side}_proj{suffix}.weight"] = [2048, 512]
+            shapes[f"{side}_proj{suffix}.bias"] = [2048]
+        shapes[f"classifier{suffix}.0.weight"] = [8192, 4096]
+        shapes[f"classifier{suffix}.0.bias"] = [8192]
+        shapes[f"classifier{suffix}.2.weight"] = [answers, 8192]
+        shapes[f"classifier{suffix}.2.bias"] = [answers]
+    return shapes
+
+
+def published_answers(
+    state: dict[str, np.ndarray], words: torch.Tensor, frames: torch.Tensor, suffix: str, masks: tuple
+) -> torch.Tensor:
+    """One level of the published head, from its description: padding in the weights' softmax, not in the sum."""
+
+    def layer(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.from_numpy(state[f"{name}.weight"]).T + torch.from_numpy(state[f"{name}.bias"])
+
+    pooled = []
+    for side, tokens, mask in (("v", frames, masks[1]), ("t", words, masks[0])):
+        hidden = layer(f"{side}_weight{suffix}.0", tokens).relu()
+        weights = layer(f"{side}_weight{suffix}.2", hidden)[:, :, 0].softmax(-1)
+        mean = torch.einsum("atc,at->ac", tokens * mask[:, :, None], weights)
+        pooled.append(layer(f"{side}_proj{suffix}", mean))
+    hidden = layer(f"classifier{suffix}.0", torch.cat(pooled, 1)).relu()
+    return layer(f"classifier{suffix}.2", hidden)
+
+
+def test_a_checkpoint_of_the_qa_training(
+    state: dict[str, np.ndarray], arrays: dict[str, torch.Tensor]
+) -> None:
+    whole = {**state, **state_of(qa_shapes(11))}
+    model = load_published(whole)
+    config = model.config
+    assert (config.answers.head, config.answers.vocabulary) == ("published", 11)
+    assert (config.words, config.word_ratios, config.frame_ratios) == (32, (0.25, 0.125), (0.25, 0.25))
+    classifiers = sum(p.numel() for n, p in model.named_parameters() if "classifiers" in n)
+    assert classifiers == 3 * (4096 * 8192 + 8192 + 8192 * 11 + 11)
+    mask, video_mask = arrays["text_mask"][:2].bool(), arrays["video_mask"][:2].bool()
+    with torch.no_grad():
+        ids, frames = arrays["input_ids"][:2], model.encode_video(arrays["video"][:2], video_mask)
+        found = model.answer_logits(ids, mask, frames, video_mask)
+        text = model.text_levels(model.encode_text(ids, mask)[0], mask)
+        video = model.video_levels(frames, video_mask)
+    expected = torch.zeros(2, 11)
+    for level, suffix, share in zip(LEVELS, ("", "0", "1"), (0.4, 0.4, 0.2), strict=True):
+        masks = (mask, video_mask) if level == "entity" else (torch.ones(2, 1), torch.ones(2, 1))
+        words, clips = text[level].tokens, video[level].tokens
+        expected += share * published_answers(whole, words, clips, suffix, masks)
+    close(found, expected)
+    del whole["classifier0.2.bias"]
+    with pytest.raises(ValueError, match=r"missing: classifier0\.2\.bias"):
+        load_published(whole)
+
+
 def test_without_a_temporal_transformer(
     state: dict[str, np.ndarray], arrays: dict[str, torch.Tensor]
 ) -> None:

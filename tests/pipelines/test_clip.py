@@ -9,12 +9,12 @@ import av
 import numpy as np
 import pytest
 
-from hbi.model.frames import FrameSettings, fit
+from hbi.model.frames import FrameSettings, resize_crop
 from hbi.pipelines.decoding.clip import Clip, DecodeError, decode_clip, probe
 from hbi.pipelines.decoding.decoder import Decoder
 from tests.support.videos import make, number_of, numbered
 
-FEW = FrameSettings(count=6, size=64)
+FEW = FrameSettings(num_frames=6, size=64)
 
 
 def numbers(clip: Clip) -> list[int]:
@@ -66,7 +66,7 @@ def test_the_chosen_frames_are_those_of_a_full_decode(kind: str) -> None:
 
 def test_start_and_end_cut_exactly() -> None:
     video = make(30, options={"bf": "2", "g": "10"})
-    many = FrameSettings(count=40, size=64)
+    many = FrameSettings(num_frames=40, size=64)
     for decoders in (("decord", "pyav"), ("pyav",)):
         clip = decode_clip(video, many, 0.7, 1.5, decoders)
         assert numbers(clip) == [7, 8, 9, 10, 11, 12, 13, 14]  # start <= time < end
@@ -86,10 +86,10 @@ def test_a_clip_outside_the_video_says_where_the_video_is() -> None:
 def test_times_of_a_variable_frame_rate() -> None:
     pts = [0, 40, 80, 1000, 1010, 1500, 3000, 3040, 3080, 9000]
     video = make(10, pts=pts, container="matroska", options={"bf": "0"})
-    clip = decode_clip(video, FrameSettings(count=20, size=64))
+    clip = decode_clip(video, FrameSettings(num_frames=20, size=64))
     assert clip.timestamps == pytest.approx([time / 1000 for time in pts], abs=0.002)
     assert numbers(clip) == list(range(10))
-    ticks = decode_clip(video, FrameSettings(count=20, size=64, choice="fps", fps=1.0))
+    ticks = decode_clip(video, FrameSettings(num_frames=20, size=64, sampling="fps", fps=1.0))
     assert numbers(ticks) == [0, 3, 5, 6, 8, 9]  # what is shown at 0, 1, 2, …, 9 s
 
 
@@ -98,23 +98,23 @@ def test_rotation_is_honoured_by_both(rotation: int) -> None:
     video = make(8, rotation=rotation, width=96, height=64)
     upright = np.rot90(numbered(5, 96, 64), rotation // 90)
     for decoders in (("decord", "pyav"), ("pyav",)):
-        clip = decode_clip(video, FrameSettings(count=8, size=64), decoders=decoders)
+        clip = decode_clip(video, FrameSettings(num_frames=8, size=64), decoders=decoders)
         assert (clip.width, clip.height) == (upright.shape[1], upright.shape[0])
-        difference = np.abs(clip.frames[5].astype(int) - fit(np.ascontiguousarray(upright), 64))
+        difference = np.abs(clip.frames[5].astype(int) - resize_crop(np.ascontiguousarray(upright), 64))
         assert difference.mean() < 6, decoders
 
 
 def test_pixels_that_are_not_square() -> None:
     wide = decode_clip(make(3, width=64, height=64, aspect=Fraction(2, 1)), FEW)
-    expected = fit(np.asarray(numbered(2).repeat(2, axis=1)), 64)
+    expected = resize_crop(np.asarray(numbered(2).repeat(2, axis=1)), 64)
     assert np.abs(wide.frames[2].astype(int) - expected).mean() < 8
     assert (wide.width, wide.height) == (64, 64)
 
 
 def test_fewer_frames_than_asked_for_are_not_repeated() -> None:
-    clip = decode_clip(make(3), FrameSettings(count=12, size=64))
+    clip = decode_clip(make(3), FrameSettings(num_frames=12, size=64))
     assert numbers(clip) == [0, 1, 2] and len(clip.timestamps) == 3
-    single = decode_clip(make(1), FrameSettings(count=12, size=64))
+    single = decode_clip(make(1), FrameSettings(num_frames=12, size=64))
     assert numbers(single) == [0] and single.timestamps == [0.0]
 
 
@@ -126,14 +126,14 @@ def test_a_picture_that_stands_still_keeps_its_frames() -> None:
         for _ in range(10):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(3), format="rgb24")))
         out.mux(stream.encode(None))
-    clip = decode_clip(buffer.getvalue(), FrameSettings(count=5, size=64))
+    clip = decode_clip(buffer.getvalue(), FrameSettings(num_frames=5, size=64))
     assert numbers(clip) == [3] * 5 and len(set(clip.timestamps)) == 5
 
 
 def test_damage_in_the_middle_leaves_the_frames_that_decode() -> None:
     video = bytearray(make(60, container="matroska", options={"g": "10", "bf": "0"}))
     video[len(video) // 2 : len(video) // 2 + 60] = bytes(60)
-    clip = decode_clip(bytes(video), FrameSettings(count=60, size=64), decoders=("pyav",))
+    clip = decode_clip(bytes(video), FrameSettings(num_frames=60, size=64), decoders=("pyav",))
     assert 10 < len(clip.frames) <= 60
     assert clip.timestamps == sorted(set(clip.timestamps))
 

@@ -17,7 +17,7 @@ from hbi.pipelines.decoding.clip import DecodeError, decode_clip
 from hbi.pipelines.decoding.decoder import Decoder, encode_jpeg, find_cuts
 from tests.support.videos import make, number_of
 
-FEW = FrameSettings(count=4, size=64)
+FEW = FrameSettings(num_frames=4, size=64)
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -11,34 +11,33 @@ from PIL import Image
 from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sharding import records, run, shards
-from hbi.pipelines.sharding.dedup import FIRST, forget_tars, repeats_of, thin_shard
+from hbi.pipelines.sharding.dedup import FIRST, delete_first_pass, find_duplicates, without_duplicates
 from hbi.pipelines.sharding.filters import FilterSettings
 from hbi.pipelines.sharding.plan import plan
-from hbi.pipelines.sharding.shards import ShardSettings
+from hbi.pipelines.sharding.settings import ShardSettings
 from tests.pipelines.test_shards import everything, lines, samples
 from tests.support.clips import video, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-FRAMES = FrameSettings(count=3, size=32)
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    with Decoder(FRAMES, quality=95) as running:
+    with Decoder(FrameSettings(num_frames=3, size=32), quality=95) as running:
         yield running
 
 
 def make(
-    manifest: str, out: str, settings: ShardSettings, decoder: Decoder, units: slice = slice(None)
+    manifest: str, out: str, settings: ShardSettings, decoder: Decoder, shard_plans: slice = slice(None)
 ) -> None:
-    """Both passes without Ray, one shard after the other; the first in the order that `units` gives."""
+    """Both passes without Ray, one shard after the other; the first in the order that `shard_plans` gives."""
     planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
-    for unit in planned.units[units]:
-        shards.make_shard(out, unit, settings, decoder, f"{out}/{FIRST}")
-    repeats = repeats_of(out, planned, settings.filters)
-    for unit in planned.units:
-        thin_shard(out, unit, repeats)
-    forget_tars(out, planned)
+    for shard_plan in planned.shards[shard_plans]:
+        shards.make_shard(out, shard_plan, settings, decoder, f"{out}/{FIRST}")
+    duplicates = find_duplicates(out, planned, settings.filters)
+    for shard_plan in planned.shards:
+        without_duplicates(out, shard_plan, duplicates)
+    delete_first_pass(out, planned)
     list(records.write_index(out, planned))
 
 
@@ -64,7 +63,7 @@ def corpus(folder: Path) -> str:
 
 
 def test_the_first_in_the_manifest_stays(tmp_path: Path, decoder: Decoder):
-    settings = ShardSettings(FRAMES, 3, filters=FilterSettings(same=True))
+    settings = ShardSettings(frames=3, size=32, samples_per_shard=3, filters=FilterSettings(same=True))
     make(corpus(tmp_path / "in"), str(tmp_path / "out"), settings, decoder)
     kept = {sample.id for sample in samples(tmp_path / "out")}
     assert kept == {"row 0", "row 1", "row 3", "row 5", "row 8", "row 10", "another cut"}
@@ -90,11 +89,14 @@ def test_what_is_kept_has_the_bytes_of_a_run_without_comparison(tmp_path: Path, 
         (tmp_path / "in" / f"{seed}.mp4").write_bytes(video(seed))
     manifest = write_manifest(tmp_path / "in" / "m.jsonl", rows)
     make(
-        manifest, str(tmp_path / "out"), ShardSettings(FRAMES, 3, filters=FilterSettings(same=True)), decoder
+        manifest,
+        str(tmp_path / "out"),
+        ShardSettings(frames=3, size=32, samples_per_shard=3, filters=FilterSettings(same=True)),
+        decoder,
     )
-    plain = ShardSettings(FRAMES, 3)
-    for unit in plan(manifest, str(tmp_path / "plain"), plain.identity(), 3).units:
-        shards.make_shard(str(tmp_path / "plain"), unit, plain, decoder)
+    plain = ShardSettings(frames=3, size=32, samples_per_shard=3)
+    for shard_plan in plan(manifest, str(tmp_path / "plain"), plain.identity(), 3).shards:
+        shards.make_shard(str(tmp_path / "plain"), shard_plan, plain, decoder)
     for tar in (tmp_path / "plain").glob("*.tar"):
         assert (tmp_path / "out" / tar.name).read_bytes() == tar.read_bytes()
 
@@ -115,7 +117,9 @@ def test_near_repeats(tmp_path: Path, decoder: Decoder):
             target.mux(stream.encode(av.VideoFrame.from_image(small)))
         target.mux(stream.encode())
     manifest = write_manifest(tmp_path / "in" / "m.jsonl", [{"video": f"{name}.mp4"} for name in "abc"])
-    settings = ShardSettings(FRAMES, 2, filters=FilterSettings(same=True, near=8))
+    settings = ShardSettings(
+        frames=3, size=32, samples_per_shard=2, filters=FilterSettings(same=True, near=8)
+    )
     make(manifest, str(tmp_path / "out"), settings, decoder)
     assert [sample.id for sample in samples(tmp_path / "out")] == ["a", "c"]
     (failure,) = lines(tmp_path / "out")
@@ -129,7 +133,9 @@ def test_a_rejected_clip_does_not_count_as_the_first(tmp_path: Path, decoder: De
         {"video": "a.mp4", "id": "told", "captions": ["two words"]},
         {"video": "a.mp4", "id": "again", "captions": ["two words"]},
     ]
-    settings = ShardSettings(FRAMES, 2, filters=FilterSettings(same=True, min_words=1))
+    settings = ShardSettings(
+        frames=3, size=32, samples_per_shard=2, filters=FilterSettings(same=True, min_words=1)
+    )
     make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), settings, decoder)
     assert [sample.id for sample in samples(tmp_path / "out")] == ["told"]
     assert [(row["id"], row["stage"]) for row in lines(tmp_path / "out")] == [
@@ -142,7 +148,7 @@ def test_ray_makes_the_same_and_goes_on_where_it_was_cut(
     ray_session: None, tmp_path: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ):
     manifest = corpus(tmp_path / "in")
-    settings = ShardSettings(FRAMES, 2, filters=FilterSettings(same=True))
+    settings = ShardSettings(frames=3, size=32, samples_per_shard=2, filters=FilterSettings(same=True))
     make(manifest, str(tmp_path / "reference"), settings, decoder, slice(None, None, -1))
 
     def same() -> bool:
@@ -151,7 +157,7 @@ def test_ray_makes_the_same_and_goes_on_where_it_was_cut(
         return found == wanted
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "thin_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(run, "drop_duplicates", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         run.shard(manifest, str(tmp_path / "out"), settings)
     assert not list((tmp_path / "out").glob("*.tar"))
     run.shard(manifest, str(tmp_path / "out"), settings)
@@ -161,4 +167,4 @@ def test_ray_makes_the_same_and_goes_on_where_it_was_cut(
     run.shard(manifest, str(tmp_path / "out"), settings)
     assert same()
     with pytest.raises(ValueError, match="same was True and is None"):
-        run.shard(manifest, str(tmp_path / "out"), ShardSettings(FRAMES, 2))
+        run.shard(manifest, str(tmp_path / "out"), ShardSettings(frames=3, size=32, samples_per_shard=2))

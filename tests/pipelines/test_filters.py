@@ -11,7 +11,16 @@ from PIL import Image
 
 from hbi.pipelines.decoding.clip import Clip
 from hbi.pipelines.manifest import Row
-from hbi.pipelines.sharding.filters import FilterSettings, Look, Print, digest, duplicates, look, reject
+from hbi.pipelines.sharding.filters import (
+    Candidate,
+    FilterSettings,
+    Fingerprint,
+    FrameStats,
+    digest,
+    duplicates,
+    frame_stats,
+    reject,
+)
 
 
 def jpeg(image: np.ndarray, quality: int = 95) -> bytes:
@@ -33,7 +42,14 @@ def clip(seconds: float = 5.0, width: int = 640, height: int = 360) -> Clip:
 
 
 ROW = Row("v.mp4", "v", ["a man walks", "a person in a red coat walks a street"])
-BRIGHT = Look(120.0, 9.0, "0" * 48)
+BRIGHT = FrameStats(120.0, 9.0, "0" * 48)
+
+
+def candidate(row: Row) -> Candidate:
+    """A clip of the row whose pictures are bright and moving."""
+    found = Candidate(row, clip())
+    found.__dict__["stats"] = BRIGHT
+    return found
 
 
 @pytest.mark.parametrize(
@@ -55,22 +71,40 @@ BRIGHT = Look(120.0, 9.0, "0" * 48)
     ],
 )
 def test_each_filter(settings: dict[str, float], reason: str | None) -> None:
-    assert reject(ROW, clip(), BRIGHT, FilterSettings(**settings)) == reason  # type: ignore[arg-type]
+    assert reject(candidate(ROW), FilterSettings(**settings)) == reason  # type: ignore[arg-type]
 
 
 def test_a_clip_without_captions() -> None:
     bare = Row("v.mp4", "v")
-    assert reject(bare, clip(), None, FilterSettings(max_words=5)) is None
-    assert reject(bare, clip(), None, FilterSettings(min_words=1)) is not None
+    assert reject(candidate(bare), FilterSettings(max_words=5)) is None
+    assert reject(candidate(bare), FilterSettings(min_words=1)) is not None
+
+
+def no_dogs(candidate: Candidate) -> str | None:
+    """Somebody's own filter."""
+    return "a dog" if any("dog" in caption for caption in candidate.row.captions) else None
+
+
+def test_a_filter_of_ones_own_is_asked_after_ours() -> None:
+    settings = FilterSettings(min_words=2, own=(no_dogs,))
+    assert reject(candidate(Row("v.mp4", "v", ["a dog runs"])), settings) == "a dog"
+    assert str(reject(candidate(Row("v.mp4", "v", ["dog"])), settings)).startswith("caption length: 1 words")
+    assert reject(candidate(ROW), settings) is None
+    assert settings.identity() == {"min_words": 2, "own": [f"{__name__}.no_dogs"]}
+
+
+def test_what_is_asked_is_part_of_the_identity_down_to_zero() -> None:
+    assert FilterSettings(near=0).identity() == {"near": 0}
+    assert FilterSettings().identity() == {}
 
 
 def test_look_sees_black_still_and_moving() -> None:
     dark = [jpeg(np.full((96, 96, 3), 2, np.uint8))] * 4
-    assert look(dark).brightness < 4 and look(dark).change == 0
+    assert frame_stats(dark).brightness < 4 and frame_stats(dark).change == 0
     moving = [jpeg(np.roll(scene(1), 12 * i, axis=1)) for i in range(4)]
-    assert look(moving).change > 5 and 100 < look(moving).brightness < 160
-    assert look(moving[:1]).change == 0
-    assert look(moving) == look(moving) and len(look(moving).hash) == 48
+    assert frame_stats(moving).change > 5 and 100 < frame_stats(moving).brightness < 160
+    assert frame_stats(moving[:1]).change == 0
+    assert frame_stats(moving) == frame_stats(moving) and len(frame_stats(moving).hash) == 48
 
 
 def test_copies_are_near_and_other_scenes_are_not() -> None:
@@ -81,8 +115,10 @@ def test_copies_are_near_and_other_scenes_are_not() -> None:
         jpeg(np.asarray(Image.fromarray(scene(i)).resize((64, 64)).resize((96, 96)), dtype=np.uint8))
         for i in range(3)
     ]
-    prints = [(k, Print(str(k), look(jpegs).hash)) for k, jpegs in enumerate([*clips, again, smaller])]
-    assert duplicates(prints, FilterSettings(near=4)) == {
+    fingerprints = [
+        (k, Fingerprint(str(k), frame_stats(some).hash)) for k, some in enumerate([*clips, again, smaller])
+    ]
+    assert duplicates(fingerprints, FilterSettings(near=4)) == {
         6: "nearly the same pictures as row 1",
         7: "nearly the same pictures as row 1",
     }
@@ -93,12 +129,13 @@ def test_the_same_file_at_the_same_times(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"content")
     (tmp_path / "c.mp4").write_bytes(b"another")
     rows = [("a.mp4", None), ("b.mp4", None), ("b.mp4", 1.0), ("c.mp4", None), ("a.mp4", 1.0)]
-    prints = [
-        (n, Print(digest(tmp_path / name, start, None), "0" * 48)) for n, (name, start) in enumerate(rows)
+    fingerprints = [
+        (n, Fingerprint(digest(tmp_path / name, start, None), "0" * 48))
+        for n, (name, start) in enumerate(rows)
     ]
     expected = {1: "the same bytes and times as row 1", 4: "the same bytes and times as row 3"}
-    assert duplicates(prints, FilterSettings(same=True)) == expected
-    assert duplicates(prints, FilterSettings()) == {}
+    assert duplicates(fingerprints, FilterSettings(same=True)) == expected
+    assert duplicates(fingerprints, FilterSettings()) == {}
 
 
 @given(
@@ -119,8 +156,8 @@ def test_near_duplicates_are_those_of_comparing_all_with_all(
             slow[number] = min(like)
         else:
             kept.append(number)
-    prints = [(number, Print("", f"{value:048x}")) for number, value in enumerate(hashes)]
-    found = duplicates(prints, FilterSettings(near=bits))
+    fingerprints = [(number, Fingerprint("", f"{value:048x}")) for number, value in enumerate(hashes)]
+    found = duplicates(fingerprints, FilterSettings(near=bits))
     assert found == {number: f"nearly the same pictures as row {like + 1}" for number, like in slow.items()}
 
 

@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from hbi.infra import storage
-from hbi.pipelines.manifest import Row, folder_manifest, read_manifest, write_manifest
+from hbi.pipelines.datasets.folder import folder_manifest
+from hbi.pipelines.manifest import Row, read_manifest, write_manifest
 
 CONTENT: list[dict[str, Any]] = [
     {"video": "a.mp4"},

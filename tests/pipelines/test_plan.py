@@ -1,4 +1,4 @@
-"""The plan: every row in one unit, the manifest streamed, and no folder shared by two different runs."""
+"""The plan: every row in one shard, the manifest streamed, and no folder shared by two different runs."""
 
 import tracemalloc
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import pytest
 from hbi.infra import storage
 from hbi.pipelines.manifest import Row
 from hbi.pipelines.sharding import plan as planning
-from hbi.pipelines.sharding.plan import plan, read_unit
+from hbi.pipelines.sharding.plan import plan, read_rows
 from tests.support.clips import write_manifest
 
 SETTINGS = {"frames": 12}
 
 
 def rows_of(out: Path, planned: planning.Plan) -> dict[str, list[tuple[str, Row]]]:
-    return {unit.name: read_unit(str(out), unit) for unit in planned.units}
+    return {shard_plan.name: read_rows(str(out), shard_plan) for shard_plan in planned.shards}
 
 
 def test_rows_are_dealt_to_their_splits_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -24,8 +24,8 @@ def test_rows_are_dealt_to_their_splits_in_order(tmp_path: Path, monkeypatch: py
     rows = [{"video": f"{i}.mp4", "split": "test" if i % 3 == 2 else "train"} for i in range(20)]
     manifest = write_manifest(tmp_path / "m.jsonl", rows)
     planned = plan(manifest, str(tmp_path / "out"), SETTINGS, 4)
-    units = rows_of(tmp_path / "out", planned)
-    assert {name: [key for key, _ in unit] for name, unit in units.items()} == {
+    shard_plans = rows_of(tmp_path / "out", planned)
+    assert {name: [key for key, _ in shard_plan] for name, shard_plan in shard_plans.items()} == {
         "train-000000.tar": ["000000000", "000000001", "000000003", "000000004"],
         "train-000001.tar": ["000000006", "000000007", "000000009", "000000010"],
         "train-000002.tar": ["000000012", "000000013", "000000015", "000000016"],
@@ -33,9 +33,13 @@ def test_rows_are_dealt_to_their_splits_in_order(tmp_path: Path, monkeypatch: py
         "test-000000.tar": ["000000002", "000000005", "000000008", "000000011"],
         "test-000001.tar": ["000000014", "000000017"],
     }
-    assert planned.rows == 20 and sum(unit.rows for unit in planned.units) == 20
-    assert len({unit.part for unit in planned.units}) > 1
-    assert all(row.video == str(tmp_path / f"{int(key)}.mp4") for unit in units.values() for key, row in unit)
+    assert planned.rows == 20 and sum(shard_plan.rows for shard_plan in planned.shards) == 20
+    assert len({shard_plan.part for shard_plan in planned.shards}) > 1
+    assert all(
+        row.video == str(tmp_path / f"{int(key)}.mp4")
+        for shard_plan in shard_plans.values()
+        for key, row in shard_plan
+    )
     assert plan(manifest, str(tmp_path / "out"), SETTINGS, 4) == planned  # read back
 
 
@@ -51,7 +55,7 @@ def test_any_text_survives(tmp_path: Path):
     ]
     rows = [{"video": f"/{name}", "id": name, "captions": [name], "what": {"k": name}} for name in odd]
     planned = plan(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), SETTINGS, 100)
-    found = [row for _, row in read_unit(str(tmp_path / "out"), planned.units[0])]
+    found = [row for _, row in read_rows(str(tmp_path / "out"), planned.shards[0])]
     assert [row.id for row in found] == odd
     assert [row.video for row in found] == [f"/{name}" for name in odd]
     assert [row.captions for row in found] == [[name] for name in odd]
@@ -74,7 +78,7 @@ def test_the_manifest_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return peak
 
     peak(500)  # what is imported on the way
-    # 19,000 more rows of 250 bytes are 4.7 MB; what stays of them is 190 units.
+    # 19,000 more rows of 250 bytes are 4.7 MB; what stays of them is 190 plans.
     assert peak(20_000) - peak(1_000) < 300_000
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hbi.model.frames import FrameSettings
 from hbi.pipelines.sample import ShardInfo
 from hbi.pipelines.sharding import records, report, shards
 from hbi.pipelines.sharding.plan import plan
-from hbi.pipelines.sharding.records import ClipFacts, Failure, Record
+from hbi.pipelines.sharding.records import ClipStats, Failure, ShardManifest
 from hbi.pipelines.sharding.report import Page
-from hbi.pipelines.sharding.shards import ShardSettings
+from hbi.pipelines.sharding.settings import ShardSettings
 from tests.support.clips import video, write_manifest
 
 EVIL = "<script>alert('x')</script>\" onerror=\"x &amp;"
@@ -42,12 +41,12 @@ def test_the_page_shows_clips_and_failures_and_nothing_runs(tmp_path: Path):
         {"video": "n\udcff.mp4", "id": "lost\ud800"},
         {"video": f"{EVIL}.mp4", "id": EVIL},
     ]
-    settings, out = ShardSettings(FrameSettings(count=4, size=32), 2), str(tmp_path / "out")
+    settings, out = ShardSettings(frames=4, size=32, samples_per_shard=2), str(tmp_path / "out")
     planned = plan(write_manifest(tmp_path / "m.jsonl", rows), out, settings.identity(), 2)
     page = Page()
     with shards.decoder(settings) as decoder:
-        for unit in planned.units:
-            shards.make_shard(out, unit, settings, decoder)
+        for shard_plan in planned.shards:
+            shards.make_shard(out, shard_plan, settings, decoder)
     for record in records.write_index(out, planned):
         page.add(record)
     page.write(out, str(tmp_path / "report.html"), "a summary <b>")
@@ -63,10 +62,12 @@ def test_the_page_shows_clips_and_failures_and_nothing_runs(tmp_path: Path):
 
 def test_what_it_holds_is_bounded():
     page = Page()
-    clip = ClipFacts(2.5, 30.0, 320, 240, 7, "decord")
+    clip = ClipStats(2.5, 30.0, 320, 240, 7, "decord")
     for number in range(1000):
         failures = [Failure("0", "i", "v", "read", f"reason {number}")] * 2
-        page.add(Record(ShardInfo(f"train-{number:06d}.tar", "train", 3, 1, ""), 5, failures, [clip] * 3))
+        page.add(
+            ShardManifest(ShardInfo(f"train-{number:06d}.tar", "train", 3, 1, ""), 5, failures, [clip] * 3)
+        )
     assert len(page.failures) == report.FAILURES
     assert report.SHEETS <= len(page.sheets) <= 2 * report.SHEETS
     numbers = [int(name[6:12]) for name in page.sheets]
@@ -77,5 +78,5 @@ def test_what_it_holds_is_bounded():
 @pytest.mark.parametrize(("seconds", "power"), [(0.5, -1), (1.0, 0), (1.99, 0), (2.0, 1), (700.0, 9)])
 def test_lengths_are_binned_by_powers_of_two(seconds: float, power: int):
     page = Page()
-    page.add(Record(ShardInfo("a", "a", 1, 1, ""), 1, [], [ClipFacts(seconds, 1, 1, 1, 0, "pyav")]))
+    page.add(ShardManifest(ShardInfo("a", "a", 1, 1, ""), 1, [], [ClipStats(seconds, 1, 1, 1, 0, "pyav")]))
     assert list(page.seconds) == [power]

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hbi.model.frames import FrameSettings
 from hbi.pipelines.sample import read_shard
 from hbi.pipelines.sharding import run, shards
-from hbi.pipelines.sharding.shards import ShardError, ShardSettings
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardError
 from hbi.pipelines.sharding.summary import kind_of
 from tests.pipelines.test_shards import SETTINGS, everything, lines, make, samples
 from tests.support.clips import write_clips, write_manifest
@@ -127,7 +127,7 @@ def test_a_full_disk_ends_the_run_with_one_line(ray_session: None, tmp_path: Pat
         with pytest.raises(ShardError, match=r"^no space left for [^\n]*run again[^\n]*$"):
             run.shard(write_clips(tmp_path / "in", 60), str(out), SETTINGS)
         assert not (out / "index.json").exists()
-        # Only whole shards: what another task was writing lies in .spool until the next run.
+        # Only whole shards: what another task was writing lies in .staging until the next run.
         for tar in out.glob("*.tar"):
             with tar.open("rb") as stream:
                 assert sum(1 for _ in read_shard(stream)) == SETTINGS.samples_per_shard
@@ -143,7 +143,7 @@ def test_good_and_hostile_clips_in_one_run(ray_session: None, media: Path, tmp_p
     ]
     good, hostile = ([{"video": str(media / row["video"]), "id": row["id"]} for row in rows] for rows in read)
     mixed = [row for pair in zip_longest(good, hostile) for row in pair if row]
-    settings = ShardSettings(FrameSettings(count=4, size=32), samples_per_shard=16, clip_timeout=40)
+    settings = ShardSettings(frames=4, size=32, samples_per_shard=16, clip_timeout=40)
     summary = run.shard(write_manifest(tmp_path / "m.jsonl", mixed), str(tmp_path / "out"), settings)
     found = {sample.id: sample for sample in samples(tmp_path / "out")}
     failures = {row["id"]: row for row in lines(tmp_path / "out")}
@@ -166,8 +166,8 @@ def start(manifest: str, out: Path | str, cwd: Path, **environment: str) -> "sub
         # As `hbi` does: a shell without job control has what it starts behind an & ignore Ctrl-C.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from hbi.model.frames import FrameSettings; from hbi.pipelines.sharding import run\n"
-        "from hbi.pipelines.sharding.shards import ShardSettings\n"
-        "try: print(run.shard(sys.argv[1], sys.argv[2], ShardSettings(FrameSettings(count=3, size=32), 6)))\n"
+        "from hbi.pipelines.sharding.settings import ShardSettings\n"
+        "try: print(run.shard(sys.argv[1], sys.argv[2], ShardSettings(frames=3, size=32, samples_per_shard=6)))\n"
         "except KeyboardInterrupt: sys.exit(130)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -259,7 +259,7 @@ def test_an_interrupted_run_is_gone_in_five_seconds(long_reference: Path, tmp_pa
     wait_for(gone(everyone), seconds, "the end of what the run started")
     assert time.monotonic() - begin < seconds and driver.returncode == 130, errors
     assert "Traceback" not in errors, errors
-    assert not (out / ".spool").exists()
+    assert not (out / ".staging").exists()
 
 
 def test_from_storage_to_storage_with_faults(reference: Path, tmp_path: Path):

@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 
 from hbi.infra import storage
-from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sample import Sample, ShardIndex, read_shard
 from hbi.pipelines.sharding import shards
 from hbi.pipelines.sharding.plan import plan
-from hbi.pipelines.sharding.records import Failure, Record, unfinished, write_index
-from hbi.pipelines.sharding.shards import ShardError, ShardSettings, make_shard
+from hbi.pipelines.sharding.records import Failure, ShardManifest, unfinished, write_index
+from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardError, make_shard
 from tests.support.clips import video, write_clips, write_manifest
 from tests.support.s3 import Fault, ObjectStorage, object_storage
 
-SETTINGS = ShardSettings(FrameSettings(count=3, size=32), samples_per_shard=6)
+SETTINGS = ShardSettings(frames=3, size=32, samples_per_shard=6)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,14 @@ def decoder() -> Iterator[Decoder]:
         yield running
 
 
-def make(manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS) -> list[Record]:
+def make(
+    manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS
+) -> list[ShardManifest]:
     """What `run.shard` does, one shard after the other: the obvious reference."""
     planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
-    for unit, record in list(unfinished(out, planned.units)):
+    for shard_plan, record in list(unfinished(out, planned.shards)):
         if record is None:
-            make_shard(out, unit, settings, decoder)
+            make_shard(out, shard_plan, settings, decoder)
     return list(write_index(out, planned))
 
 
@@ -245,7 +247,7 @@ def test_a_full_disk_stops_with_whole_shards_only(tmp_path: Path, decoder: Decod
         there = sorted(out.glob("*.tar"))
         assert there
         assert all(len(list(read_shard(io.BytesIO(tar.read_bytes())))) == 6 for tar in there)
-        assert list((out / ".spool").iterdir()) == [] and not (out / "index.json").exists()
+        assert list((out / ".staging").iterdir()) == [] and not (out / "index.json").exists()
         subprocess.run(["mount", "-o", "remount,size=10m", str(out)], check=True)
         make(manifest, str(out), decoder)
         assert len(samples(out)) == 40

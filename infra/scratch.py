@@ -1,0 +1,64 @@
+"""Temporary folders of worker processes, which may be killed at any time: whoever comes next removes what they left."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_ours: "BaseFileLock | None" = None
+"""Held for the life of the process: it says that its folder is in use."""
+
+
+def _root() -> Path:
+    """Where the folders of all processes of this user lie, each beside its lock."""
+    return Path(os.environ.get("HBI_SCRATCH") or tempfile.gettempdir()) / f"hbi-scratch-{os.getuid()}"
+
+
+def claim_scratch() -> Path:
+    """Makes this process's temporary files, and those of its children, lie in a folder of its own from now on.
+
+    Removes the folders of processes that were killed.
+    """
+    from filelock import FileLock
+
+    global _ours
+    if _ours is not None:
+        return Path(_ours.lock_file).with_suffix("")
+    sweep_scratch()
+    root = _root()
+    while True:
+        folder = root / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        lock.acquire()
+        if folder.exists() and Path(lock.lock_file).exists():  # nobody swept it in between
+            break
+    _ours = lock
+    os.environ["HBI_SCRATCH"] = str(root.parent)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    return folder
+
+
+def sweep_scratch(seconds: float = 0.0) -> None:
+    """Removes the folders of processes that are gone; waits up to `seconds` for those that are about to be."""
+    from filelock import FileLock, Timeout
+
+    deadline = time.monotonic() + seconds
+    root = _root()
+    while True:
+        for path in root.glob("*.lock"):
+            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0):
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            root.rmdir()  # where it is empty
+        if not root.exists() or time.monotonic() >= deadline:
+            return
+        time.sleep(0.1)

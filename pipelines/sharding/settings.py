@@ -1,0 +1,60 @@
+"""What one can ask of `hbi shard`, in one object that travels whole. Light: the command line starts from it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hbi.model.config import FrameSettings
+from hbi.pipelines.sharding.filters import FilterSettings
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How a manifest becomes shards."""
+
+    frames: int = FrameSettings.num_frames
+    """Most frames of a clip. A clip that has fewer gives fewer, never copies."""
+    size: int = FrameSettings.size
+    """Height and width of a frame in pixels."""
+    sampling: Literal["uniform", "fps", "segments"] = FrameSettings.sampling
+    """uniform from the first frame to the last; the centres of equal segments; or so many per second (fps)."""
+    fps: float = FrameSettings.fps
+    """Frames per second of sampling fps."""
+    samples_per_shard: int = 100
+    """Manifest rows per tar; those that fail leave it smaller."""
+    jpeg_quality: int = 95
+    """Of the frames, 1 to 100."""
+    clip_timeout: float = 60.0
+    """Seconds after which the decoding of a clip is ended and recorded as a failure."""
+    clip_memory: int = 2048
+    """MiB that the decoding of a clip may take."""
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    """What a clip must be; those rejected are rows of failures.jsonl with stage filter."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming a field whose value cannot be meant."""
+        _ = self.frame_settings
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {self.samples_per_shard}, must be at least 1")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality is {self.jpeg_quality}, must lie between 1 and 100")
+        if self.clip_memory < 64:
+            raise ValueError(f"clip_memory is {self.clip_memory}, must be at least 64 MiB")
+        if self.clip_timeout <= 0:
+            raise ValueError(f"clip_timeout is {self.clip_timeout}, must be above 0 seconds")
+
+    @property
+    def frame_settings(self) -> FrameSettings:
+        """How a clip becomes frames."""
+        return FrameSettings(self.frames, self.size, self.sampling, self.fps)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the shards, as `index.json` holds it: all but the patience with a clip."""
+        return {
+            "frames": self.frames,
+            "size": self.size,
+            "choice": self.sampling,
+            "fps": self.fps,
+            "jpeg_quality": self.jpeg_quality,
+            "samples_per_shard": self.samples_per_shard,
+            "filters": self.filters.identity(),
+        }
