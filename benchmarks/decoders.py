@@ -3,8 +3,8 @@
     HBI_MEDIA=folder python -m benchmarks.decoders
 
 Each decoder gives 12 uniform frames, fitted to 224 pixels, of every clip of the folder's manifest: decord by itself,
-PyAV by itself (our path, without decord), and `ours`, the choice between them that the pipeline makes. The reference
-is every frame of a sequential PyAV decode. A decoder that hangs on a clip is ended and counted as failed.
+PyAV as the pipeline uses it, and `checked`, which is `--decoder decord`. The reference is every frame of a sequential
+PyAV decode. A decoder that hangs on a clip is ended and counted as failed.
 """
 
 import io
@@ -45,35 +45,37 @@ def by_decord(data: bytes, aspect: float) -> list[np.ndarray]:
 
 
 def by_pyav(data: bytes, aspect: float) -> list[np.ndarray]:
-    """Our PyAV path."""
-    from hbi.pipelines.decoding.clip import decode_clip
-
-    return decode_clip(data, SETTINGS, decoders=("pyav",)).frames
-
-
-def by_ours(data: bytes, aspect: float) -> list[np.ndarray]:
     """What the pipeline does."""
     from hbi.pipelines.decoding.clip import decode_clip
 
     return decode_clip(data, SETTINGS).frames
 
 
+def by_checked_decord(data: bytes, aspect: float) -> list[np.ndarray]:
+    """`--decoder decord`: decord where its answer is PyAV's, PyAV elsewhere."""
+    from hbi.pipelines.decoding.clip import decode_clip
+
+    return decode_clip(data, SETTINGS, decoders=("decord",)).frames
+
+
 def by_reference(data: bytes, aspect: float) -> list[np.ndarray]:
     """Every frame decoded in order, then the choice among them."""
-    import av
-
-    from hbi.pipelines.decoding.clip import apply_display_matrix
+    from hbi.pipelines.decoding.container import opened
+    from hbi.pipelines.decoding.picture import Picture
 
     def frames() -> Any:
-        with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
-            yield from container.decode(container.streams.best("video"))
+        with opened(io.BytesIO(data)) as (container, stream):
+            yield from container.decode(stream)
 
     picks = set(sample_indices(np.arange(sum(1 for _ in frames())), SETTINGS).tolist())
-    chosen = (apply_display_matrix(frame) for index, frame in enumerate(frames()) if index in picks)
-    return [resize_crop(image, SETTINGS.size, 1 / aspect if turned else aspect) for image, turned in chosen]
+    picture = Picture(SETTINGS.size, aspect)
+    for index, frame in enumerate(frames()):
+        if index in picks:
+            picture.add(frame)
+    return picture.frames
 
 
-DECODERS = {"decord": by_decord, "pyav": by_pyav, "ours": by_ours, "reference": by_reference}
+DECODERS = {"decord": by_decord, "pyav": by_pyav, "checked": by_checked_decord, "reference": by_reference}
 
 
 def run(name: str, path: str) -> tuple[float, np.ndarray]:

@@ -27,7 +27,7 @@ from benchmarks.report import report
 from hbi.infra.ray_runtime import ray_running
 from hbi.pipelines.corpus.make import make_corpus
 from hbi.pipelines.decoding.clip import DecodeError, decode_clip
-from hbi.pipelines.decoding.decoder import encode_jpeg
+from hbi.pipelines.decoding.worker import encode_jpeg
 from hbi.pipelines.sample import Sample
 from hbi.pipelines.sharding import run
 from hbi.pipelines.sharding.plan import ShardPlan, plan, read_rows
@@ -42,10 +42,8 @@ def bare_worker(
     """Makes tars until there are no more."""
     encode_jpeg(np.zeros((8, 8, 3), np.uint8), 95)  # what is imported at first use
     import av
-    import decord
 
     av.logging.set_level(None)
-    decord.logging.set_level(decord.logging.QUIET)
     ready.wait()
     while (shard_plan := shard_plans.get()) is not None:
         with Path(out, shard_plan.name).open("wb") as stream, ShardWriter(stream) as writer:
@@ -58,7 +56,8 @@ def bare_worker(
                 writer.add(Sample(
                     key=key, id=row.id, captions=row.captions, qa=row.qa, source=row.video, start=clip.start,
                     end=clip.end, fps=clip.fps, duration=clip.duration, timestamps=clip.timestamps, width=clip.width,
-                    height=clip.height, decoder=clip.decoder, extra=row.extra, frames=jpegs,
+                    height=clip.height, decoder=clip.decoder, truncated=clip.truncated, picture=clip.picture,
+                    timing=clip.timing, extra=row.extra, frames=jpegs,
                 ))  # fmt: skip
 
 

@@ -50,6 +50,12 @@ class Sample:
     """Height of the source in pixels, as shown."""
     decoder: str
     """The decoder that made the frames."""
+    truncated: bool = False
+    """The source breaks off before its end: `duration` is that of what is there."""
+    picture: list[str] = field(default_factory=list)
+    """What was done to show the pictures as a player does: turned, made square, tone-mapped, deinterlaced."""
+    timing: list[str] = field(default_factory=list)
+    """What was done about times that are not as the source has them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The manifest's other columns, carried along."""
     frames: list[bytes] = field(default_factory=list, repr=False)

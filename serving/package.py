@@ -21,7 +21,6 @@ PACKAGE = ModelPackage(
         "numpy",
         "pandas",
         "pillow",
-        "decord",
         "av",
         "jaxtyping",
     ),

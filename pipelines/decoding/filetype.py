@@ -1,5 +1,6 @@
 """What a file is, by its bytes: no decoder sees a playlist, and a broken file gets a reason for people."""
 
+from collections.abc import Iterator
 from typing import BinaryIO
 
 PLAYLISTS = {
@@ -73,19 +74,55 @@ def _is_text(head: bytes) -> bool:
 def why_unreadable(source: BinaryIO, head: bytes, size: int, said: str) -> str:
     """Why FFmpeg could not open a file, in more words than what it `said`."""
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        # Top-level boxes of mp4: the index (moov) says where the frames are.
-        place = 0
-        while place + 8 <= size:
-            source.seek(place)
-            box = source.read(16)
-            length = int.from_bytes(box[:4])
-            length = int.from_bytes(box[8:16]) if length == 1 else length or size - place
-            if length < 8 or place + length > size:
+        # The index (moov) says where the frames are.
+        for kind, place, length in _boxes(source, size):
+            if place + length > size:
                 return f"an incomplete mp4 file: it breaks off after {size} bytes"
-            if box[4:8] == b"moov":
+            if kind == b"moov":
                 return f"a damaged mp4 file: its index (moov) cannot be read ({said})"
-            place += length
         return "an incomplete mp4 file: its index (moov) is missing"
     if any(head.startswith(magic) for magic in KNOWN) or head[188:189] == b"G":
         return f"a damaged or incomplete video file: nothing in it can be read ({said})"
     return f"not a video: its first bytes are of no known video format ({said})"
+
+
+def is_truncated(source: BinaryIO, head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes says itself that it was longer: an mp4 box, a RIFF list, a Matroska segment."""
+    if head[:4] == b"RIFF":
+        # Sizes are even; some writers leave 0, and files beyond 2 GiB go on in further lists.
+        stated = int.from_bytes(head[4:8], "little")
+        return stated > 0 and size < stated + 8
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return any(place + length > size for _, place, length in _boxes(source, size))
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        place = _after_element(head, 0)
+        if place is not None and head[place : place + 4] == b"\x18S\x80g":
+            end = _after_element(head, place)
+            return end is not None and end > size
+    return False
+
+
+def _boxes(source: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Top-level boxes of an mp4 file: kind, first byte, length (0 stands for the rest of the file)."""
+    place = 0
+    while place + 8 <= size:
+        source.seek(place)
+        box = source.read(16)
+        length = int.from_bytes(box[:4])
+        length = int.from_bytes(box[8:16]) if length == 1 else length or size - place
+        if length < 8:
+            return
+        yield box[4:8], place, length
+        place += length
+
+
+def _after_element(head: bytes, place: int) -> int | None:
+    """Where the EBML element at `place` ends; None where its length is not known, as in a live stream."""
+    if place + 12 > len(head) or not head[place]:
+        return None
+    begin = place + 9 - head[place].bit_length()  # after its id
+    if begin >= len(head) or not head[begin]:
+        return None
+    width = 9 - head[begin].bit_length()
+    stated = int.from_bytes(head[begin : begin + width]) & (1 << 7 * width) - 1
+    return None if stated == (1 << 7 * width) - 1 else begin + width + stated

@@ -21,6 +21,8 @@ FOLDER = ".plan"
 PART_BYTES = 32 * 2**20
 """Planned rows lie in parts of about this size, many shards in one: a million clips make some twenty files."""
 DIGEST_BYTES = 2**20
+VERSION = 2
+"""Of what decides the bytes of a shard beside its settings. 2: pictures as players show them, with words of it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def plan(
         return _write(manifest, out, identity, rows_per_shard, place, progress)
     except ValueError as error:
         raise ValueError(f"{place}: not a plan ({error}): delete {out} or choose another folder") from error
+    if found.get("version") != VERSION:
+        raise ValueError(
+            f"{out} holds shards of another version of hbi, whose bytes differ for the same clips:"
+            " choose another folder, or delete it and make all of them anew"
+        )
     differences = list(_differences(found["identity"], identity))
     if differences:
         raise ValueError(
@@ -143,7 +150,7 @@ def _write(
         raise ValueError(f"{manifest}: no rows: a manifest has one clip a line")
     made = Plan(identity, count, shard_plans)
     content = {
-        "version": 1,
+        "version": VERSION,
         "identity": identity,
         "rows": count,
         "units": [astuple(shard_plan) for shard_plan in shard_plans],

@@ -16,7 +16,7 @@ from typing import Any
 from hbi.infra import storage
 from hbi.pipelines.sample import FAILURES_NAME, INDEX_NAME, ShardInfo
 from hbi.pipelines.sharding.filters import Fingerprint
-from hbi.pipelines.sharding.plan import Plan, ShardPlan
+from hbi.pipelines.sharding.plan import VERSION, Plan, ShardPlan
 
 DONE = ".done"
 STAGING = ".staging"
@@ -51,6 +51,10 @@ class ClipStats:
     words: int
     """Words of its first caption; 0 without captions."""
     decoder: str
+    truncated: bool = False
+    """Its source breaks off before its end."""
+    captions: int = 0
+    """How many it has."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def write_index(out: str, plan: Plan) -> Iterator[ShardManifest]:
         assert samples + failed == plan.rows, f"{samples} samples and {failed} failures of {plan.rows} rows"
         storage.put_file(str(staging), storage.join(out, FAILURES_NAME), move=True)
     index = {
-        "version": 1,
+        "version": VERSION,
         "settings": plan.identity["settings"],
         "manifest": {"rows": plan.rows, "sha256": plan.identity["manifest"]},
         "samples": samples,

@@ -23,6 +23,8 @@ class ShardSettings:
     """Manifest rows per tar; those that fail leave it smaller."""
     jpeg_quality: int = 95
     """Of the frames, 1 to 100."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """decord (the extra hbi[decord]) is used only for clips for which its answer is PyAV's."""
     clip_timeout: float = 60.0
     """Seconds after which the decoding of a clip is ended and recorded as a failure."""
     clip_memory: int = 2048
@@ -56,5 +58,6 @@ class ShardSettings:
             "fps": self.fps,
             "jpeg_quality": self.jpeg_quality,
             "samples_per_shard": self.samples_per_shard,
+            "decoder": self.decoder,
             "filters": self.filters.identity(),
         }

@@ -45,6 +45,7 @@ def decoder(settings: ShardSettings) -> Decoder:
         clip_timeout=settings.clip_timeout,
         clip_memory=settings.clip_memory << 20,
         quality=settings.jpeg_quality,
+        decoder=settings.decoder,
     )
 
 
@@ -254,6 +255,9 @@ def _sample(
         width=clip.width,
         height=clip.height,
         decoder=clip.decoder,
+        truncated=clip.truncated,
+        picture=clip.picture,
+        timing=clip.timing,
         extra=row.extra,
         frames=clip.jpegs,
     )
@@ -271,7 +275,14 @@ def stats_of(sample: Sample) -> ClipStats:
     """What the summary and the report say of a sample."""
     words = len(sample.captions[0].split()) if sample.captions else 0
     return ClipStats(
-        round(sample.end - sample.start, 6), sample.fps, sample.width, sample.height, words, sample.decoder
+        seconds=round(sample.end - sample.start, 6),
+        fps=sample.fps,
+        width=sample.width,
+        height=sample.height,
+        words=words,
+        decoder=sample.decoder,
+        truncated=sample.truncated,
+        captions=len(sample.captions),
     )
 
 

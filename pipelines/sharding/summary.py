@@ -33,6 +33,10 @@ class Summary:
     """Length of all samples together."""
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many, by stage and kind of reason."""
+    truncated: int = 0
+    """Samples whose source breaks off before its end."""
+    captionless: int = 0
+    """Samples without a caption."""
     decoders: Counter[str] = field(default_factory=Counter)
     """Samples by decoder."""
     start_seconds: float = 0.0
@@ -51,6 +55,8 @@ class Summary:
         for clip in record.clips:
             self.clip_seconds += clip.seconds
             self.decoders[clip.decoder] += 1
+            self.truncated += clip.truncated
+            self.captionless += not clip.captions
         for failure in record.failures:
             kind = failure.stage, kind_of(failure.reason)
             self.failures[kind if kind in self.failures or len(self.failures) < REASONS else ("…", "…")] += 1
@@ -76,6 +82,12 @@ class Summary:
         if self.decoders:
             lines.append(
                 "  decoders  " + ", ".join(f"{n:,} {name}" for name, n in self.decoders.most_common())
+            )
+        if self.captionless:
+            lines.append(f"  captions  none for {self.captionless:,} samples")
+        if self.truncated:
+            lines.append(
+                f"  cut short {self.truncated:,} samples are of files that break off before their end"
             )
         if failed:
             lines.append(f"  failures  {storage.join(self.out, FAILURES_NAME)}")

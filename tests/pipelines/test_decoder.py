@@ -1,4 +1,4 @@
-"""The wall around decoding: whatever happens to the child, the clip gets a reason and its neighbours their frames."""
+"""The wall around decoding: whatever happens to the worker, the clip gets a reason and its neighbours their frames."""
 
 import contextlib
 import os
@@ -14,16 +14,18 @@ import pytest
 
 from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.clip import DecodeError, decode_clip
-from hbi.pipelines.decoding.decoder import Decoder, encode_jpeg, find_cuts
+from hbi.pipelines.decoding.decoder import Decoder
+from hbi.pipelines.decoding.shots import find_cuts
+from hbi.pipelines.decoding.worker import encode_jpeg
 from tests.support.videos import make, number_of
 
 FEW = FrameSettings(num_frames=4, size=64)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def child_of(decoder: Decoder) -> int:
-    assert decoder._child is not None
-    return decoder._child._process.pid
+def worker_of(decoder: Decoder) -> int:
+    assert decoder._worker is not None
+    return decoder._worker._process.pid
 
 
 def alive(pid: int) -> bool:
@@ -47,7 +49,7 @@ def test_frames_equal_those_decoded_in_process(tmp_path: Path) -> None:
         assert clip.jpegs == [encode_jpeg(frame, 90) for frame in here.frames] and clip.frames == []
 
 
-def test_the_child_of_a_shard_folders_settings() -> None:
+def test_the_worker_of_a_shard_folders_settings() -> None:
     settings = {
         "frames": 3,
         "size": 32,
@@ -61,30 +63,30 @@ def test_the_child_of_a_shard_folders_settings() -> None:
         assert len(decoder.decode(make(9)).jpegs) == 3
 
 
-def test_one_child_serves_many_clips_and_is_renewed() -> None:
+def test_one_worker_serves_many_clips_and_is_renewed() -> None:
     with Decoder(FEW, renew_after=3) as decoder:
         pids = []
         for _ in range(5):
             decoder.decode(make(4))
-            pids.append(child_of(decoder) if decoder._child else None)
+            pids.append(worker_of(decoder) if decoder._worker else None)
         assert pids[0] == pids[1] and pids[2] is None and pids[3] == pids[4] != pids[0]
-        last = child_of(decoder)
+        last = worker_of(decoder)
     assert not alive(last)
 
 
-def test_a_failure_leaves_the_child_to_the_next_clip() -> None:
+def test_a_failure_leaves_the_worker_to_the_next_clip() -> None:
     with Decoder(FEW) as decoder:
         decoder.decode(make(4))
-        pid = child_of(decoder)
+        pid = worker_of(decoder)
         with pytest.raises(DecodeError, match="the file is empty"):
             decoder.decode(b"")
-        assert len(decoder.decode(make(4)).frames) == 4 and child_of(decoder) == pid
+        assert len(decoder.decode(make(4)).frames) == 4 and worker_of(decoder) == pid
 
 
 def test_a_hang_is_ended_at_the_limit() -> None:
     with Decoder(FEW, clip_timeout=1.0) as decoder:
         decoder.decode(make(4))
-        os.kill(child_of(decoder), signal.SIGSTOP)  # as a decoder that never returns
+        os.kill(worker_of(decoder), signal.SIGSTOP)  # as a decoder that never returns
         begin = time.monotonic()
         with pytest.raises(DecodeError, match="ran past the time limit of 1 s"):
             decoder.decode(make(4))
@@ -93,22 +95,22 @@ def test_a_hang_is_ended_at_the_limit() -> None:
 
 
 def test_a_hang_of_decord_leaves_half_the_time_to_the_second_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Decoder(FEW, clip_timeout=4.0) as decoder:
+    with Decoder(FEW, clip_timeout=4.0, decoder="decord") as decoder:
         video = make(4, options={"preset": "ultrafast"})
         decoder.decode(video)
-        stopped = child_of(decoder)
-        assert decoder._child is not None
+        stopped = worker_of(decoder)
+        assert decoder._worker is not None
         os.kill(stopped, signal.SIGSTOP)
-        real = type(decoder._child).exchange
+        real = type(decoder._worker).exchange
 
-        def as_if_decord(child, *given):  # type: ignore[no-untyped-def]
-            if child._process.pid != stopped:
-                return real(child, *given)
+        def as_if_decord(worker, *given):  # type: ignore[no-untyped-def]
+            if worker._process.pid != stopped:
+                return real(worker, *given)
             _request, payload, deadline, timeout = given
-            child.trying = "decord"
-            return child._talk(b"x", payload, deadline, timeout)
+            worker.trying = "decord"
+            return worker._talk(b"x", payload, deadline, timeout)
 
-        monkeypatch.setattr(type(decoder._child), "exchange", as_if_decord)
+        monkeypatch.setattr(type(decoder._worker), "exchange", as_if_decord)
         begin = time.monotonic()
         clip = decoder.decode(video)
         assert clip.decoder == "pyav" and [number_of(frame) for frame in clip.frames] == [0, 1, 2, 3]
@@ -119,14 +121,14 @@ def test_a_hang_of_decord_leaves_half_the_time_to_the_second_decoder(monkeypatch
 def test_a_crash_is_a_reason(number: signal.Signals) -> None:
     with Decoder(FEW, clip_timeout=20.0) as decoder:
         decoder.decode(make(4))
-        os.kill(child_of(decoder), signal.SIGSTOP)
+        os.kill(worker_of(decoder), signal.SIGSTOP)
 
         def crash(pid: int) -> None:
             os.kill(pid, number)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-        Timer(0.3, crash, (child_of(decoder),)).start()
+        Timer(0.3, crash, (worker_of(decoder),)).start()
         with pytest.raises(DecodeError, match=rf"crashed \({number.name}\)"):
             decoder.decode(make(4))
         assert len(decoder.decode(make(4)).frames) == 4
@@ -142,13 +144,13 @@ def test_memory_is_bounded() -> None:
         assert len(decoder.decode(big).frames) == 3
 
 
-def test_a_killed_parent_leaves_no_child() -> None:
+def test_a_killed_parent_leaves_no_worker() -> None:
     code = (
         f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]\n"
         "from tests.support.videos import make; from hbi.pipelines.decoding.decoder import Decoder\n"
         "from hbi.model.frames import FrameSettings\n"
         "decoder = Decoder(FrameSettings()); decoder.decode(make(4))\n"
-        "print(decoder._child._process.pid, flush=True); time.sleep(60)"
+        "print(decoder._worker._process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -163,9 +165,9 @@ def test_a_killed_parent_leaves_no_child() -> None:
     assert not alive(pid)
 
 
-def test_the_child_starts_without_the_heavy_libraries() -> None:
-    heavy = {"torch", "ray", "s3fs", "cv2"}
-    code = f"import sys; import hbi.pipelines.decoding.decoder, av, decord; print({heavy} & set(sys.modules))"
+def test_the_worker_starts_without_the_heavy_libraries() -> None:
+    heavy = {"torch", "ray", "s3fs", "cv2", "decord", "tyro"}
+    code = f"import sys; import hbi.pipelines.decoding.worker, av; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -173,7 +175,7 @@ def test_the_child_starts_without_the_heavy_libraries() -> None:
 def test_nothing_of_the_folder_it_stands_in_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "decord.py").write_text("raise SystemExit('imported from the working directory')")
+    (tmp_path / "av.py").write_text("raise SystemExit('imported from the working directory')")
     monkeypatch.chdir(tmp_path)
     with Decoder(FEW) as decoder:
         assert len(decoder.decode(make(4)).frames) == 4
@@ -186,3 +188,12 @@ def test_cuts_are_found_where_the_picture_changes() -> None:
     assert find_cuts(frames, 27.0, 0.5) == [1.2, 2.4]
     assert find_cuts(frames, 27.0, 2.0) == [2.4]
     assert find_cuts([], 27.0, 0.5) == []
+
+
+def test_a_decoder_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"--decoder decord: it is not installed: pip install 'hbi\[decord\]'"
+    ):
+        Decoder(FEW, decoder="decord")
+    Decoder(FEW)

@@ -95,6 +95,17 @@ def test_another_run_is_refused_and_told_why(tmp_path: Path):
         plan(manifest, out, SETTINGS, 4)
 
 
+def test_shards_of_another_version_are_not_mixed_with_ours(tmp_path: Path):
+    manifest, out = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4"}]), str(tmp_path / "out")
+    plan(manifest, out, SETTINGS, 4)
+    place = tmp_path / "out" / ".plan" / "plan.json"
+    place.write_text(place.read_text().replace(f'"version": {planning.VERSION}', '"version": 1'))
+    with pytest.raises(
+        ValueError, match=r"out holds shards of another version .* choose another folder, or delete it"
+    ):
+        plan(manifest, out, SETTINGS, 4)
+
+
 def test_a_plan_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planning, "PART_BYTES", 200)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"video": f"{i}.mp4"} for i in range(30)])

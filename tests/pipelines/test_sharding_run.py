@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 import psutil
 import pytest
 
-from hbi.pipelines.sample import read_shard
+from hbi.pipelines.sample import ShardInfo, read_shard
 from hbi.pipelines.sharding import run, shards
+from hbi.pipelines.sharding.records import ClipStats, ShardManifest
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import ShardError
-from hbi.pipelines.sharding.summary import kind_of
+from hbi.pipelines.sharding.summary import Summary, kind_of
 from tests.pipelines.test_shards import SETTINGS, everything, lines, make, samples
 from tests.support.clips import write_clips, write_manifest
 from tests.support.s3 import Fault, object_storage
@@ -85,6 +87,15 @@ def test_the_summary_counts_by_reason(ray_session: None, tmp_path: Path):
     assert "1 samples and 5 failures of 6 rows" in text and "3  read: no such file" in text, text
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["samples"] + index["failures"] == index["manifest"]["rows"] == 6
+
+
+def test_the_summary_counts_what_is_cut_short_and_without_a_caption():
+    clip = ClipStats(2.0, 25.0, 320, 240, 3, "pyav", captions=1)
+    clips = [clip, replace(clip, truncated=True), replace(clip, words=0, captions=0)]
+    summary = Summary("out")
+    summary.add(ShardManifest(ShardInfo("train-000000.tar", "train", 3, 1, ""), 3, [], clips))
+    text = str(summary)
+    assert "captions  none for 1 samples" in text and "cut short 1 samples" in text, text
 
 
 def test_reasons_are_grouped_without_their_particulars():
