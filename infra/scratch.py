@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+END_SECONDS = 1.0
+"""How long a job's workers may take to end before what they leave is looked for."""
 _ours: "BaseFileLock | None" = None
 """Held for the life of the process: it says that its folder is in use."""
 

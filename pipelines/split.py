@@ -4,21 +4,23 @@ By fixed stride, or at the boundaries of shots. Rows that have `start` and `end`
 out as one clip or more: what cannot be read stays as it is, and fails with its reason when shards are made.
 """
 
-import os
+import itertools
+import json
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from queue import SimpleQueue
-from typing import Literal
+from typing import Any, Literal
 
 from hbi.infra import storage
-from hbi.model.frames import FrameSettings
+from hbi.infra.nodes import on_every_node, require_shared
+from hbi.infra.ray_runtime import ray_running
+from hbi.infra.scratch import END_SECONDS, claim_scratch, sweep_scratch
+from hbi.model.config import FrameSettings
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.manifest import Row, read_manifest, write_manifest
+from hbi.pipelines.sharding.workers import on_workers
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,24 @@ class SplitSettings:
             )
 
 
-def split_manifest(manifest: str, out: str, settings: SplitSettings, workers: int | None = None) -> int:
-    """Writes the manifest of clips (JSON Lines); how many there are. workers: videos read at a time, one per core.
+WAVE = 2000
+"""Rows given to Ray Data at once."""
 
-    Raises ValueError as `read_manifest` does.
+
+def split_manifest(manifest: str, out: str, settings: SplitSettings) -> int:
+    """Writes the manifest of clips (JSON Lines); how many there are. Videos are read on every CPU of the cluster.
+
+    Uses the Ray that is running, or starts one and stops it. Raises ValueError as `read_manifest` does, and for a local
+    manifest that not all nodes see.
     """
-    return write_manifest(_split_all(read_manifest(manifest), settings, workers or os.cpu_count() or 1), out)
+    rows = read_manifest(manifest)
+    first = next(rows, None)  # a manifest that will not do is told before Ray starts
+    with ray_running():
+        require_shared({"MANIFEST": storage.parent(storage.absolute(manifest))})
+        try:
+            return write_manifest(_split_all(itertools.chain([first] if first else [], rows), settings), out)
+        finally:
+            on_every_node(sweep_scratch, END_SECONDS)
 
 
 def pieces(row: Row, duration: float, cuts: Iterable[float], settings: SplitSettings) -> list[Row]:
@@ -87,37 +101,39 @@ def _strides(low: float, high: float, settings: SplitSettings) -> Iterator[tuple
     yield from pairwise(edges)
 
 
-def _split_all(rows: Iterator[Row], settings: SplitSettings, workers: int) -> Iterator[Row]:
-    """The clips of all rows, in the order of the rows, `workers` videos at a time."""
-    idle: SimpleQueue[Decoder] = SimpleQueue()
-    decoders = [
-        Decoder(FrameSettings(), settings.clip_timeout, settings.clip_memory << 20) for _ in range(workers)
-    ]
-    for decoder in decoders:
-        idle.put(decoder)
+class Splitter:
+    """A worker with a decoder of its own: cuts the video of each row that it gets."""
 
-    def cut(row: Row) -> list[Row]:
-        decoder = idle.get()
-        try:
-            return _cut(row, decoder, settings)
-        finally:
-            idle.put(decoder)
+    def __init__(self, settings: SplitSettings) -> None:
+        claim_scratch()
+        self.settings = settings
+        self.decoder = Decoder(FrameSettings(), settings.clip_timeout, settings.clip_memory << 20)
 
-    waiting: deque[Future[list[Row]]] = deque()
-    try:
-        with ThreadPoolExecutor(workers) as threads:
-            for row in rows:
-                waiting.append(threads.submit(cut, row))
-                if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-    finally:
-        for decoder in decoders:
-            decoder.close()
+    def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
+        clips = cut(Row(**json.loads(given["row"])), self.decoder, self.settings)
+        return {"number": given["number"], "clips": json.dumps([asdict(clip) for clip in clips])}
 
 
-def _cut(row: Row, decoder: Decoder, settings: SplitSettings) -> list[Row]:
+def _split_all(rows: Iterable[Row], settings: SplitSettings) -> Iterator[Row]:
+    """The clips of all rows, in the order of the rows, whichever is ready first."""
+    rows = iter(rows)
+    while wave := list(itertools.islice(rows, WAVE)):
+        # Escaped to ASCII: file names that are not UTF-8 come back as they were.
+        given = [
+            {"number": number, "row": json.dumps(asdict(row), default=str)} for number, row in enumerate(wave)
+        ]
+        ready: dict[int, str] = {}
+        following = 0
+        for answer in on_workers(Splitter, (settings,), given):
+            ready[answer["number"]] = answer["clips"]
+            while following in ready:
+                yield from (Row(**clip) for clip in json.loads(ready.pop(following)))
+                following += 1
+        assert following == len(wave), f"{len(wave) - following} rows were not cut"
+
+
+def cut(row: Row, decoder: Decoder, settings: SplitSettings) -> list[Row]:
+    """The clips of a row; the row itself where its video cannot be read."""
     try:
         with tempfile.TemporaryDirectory(prefix="hbi-split-") as folder:
             path = storage.local_copy(row.video, folder)

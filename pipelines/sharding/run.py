@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hbi.infra import storage
 from hbi.infra.nodes import on_every_node, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
-from hbi.infra.scratch import sweep_scratch
+from hbi.infra.scratch import END_SECONDS, sweep_scratch
 from hbi.pipelines.sharding import dedup, records
 from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, plan
 from hbi.pipelines.sharding.progress import Progress
@@ -22,9 +22,6 @@ from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError
 from hbi.pipelines.sharding.summary import Summary
 from hbi.pipelines.sharding.workers import drop_duplicates, make_shards
-
-END_SECONDS = 1.0
-"""How long a node's workers may take to end before what they leave is looked for."""
 
 
 def shard(

@@ -114,36 +114,42 @@ def drop_duplicates(
 
 
 def _spread(worker: type, arguments: tuple[Any, ...], shard_plans: list[ShardPlan]) -> Iterator[ShardResult]:
-    """The plans to workers on every CPU; what they say of each as it finishes. ShardError where the run must stop.
-
-    There are as many workers as CPUs to begin with, and then more or fewer, as nodes come and go.
-    """
-    import ray
-
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    wave = max(WAVE, WAVE_PER_CPU * cpus)
+    """The plans to workers; what they say of each as it finishes. ShardError where the run must stop."""
+    wave = max(WAVE, WAVE_PER_CPU * _cpus())
     for start in range(0, len(shard_plans), wave):
         given = [json.dumps(astuple(shard_plan)) for shard_plan in shard_plans[start : start + wave]]
         # One more, of nothing: the answer to it says that a worker is up.
         rows = [{"plan": shard_plan} for shard_plan in ["", *given]]
-        for row in _each(worker, arguments, min(cpus, len(given)), rows):
+        for row in on_workers(worker, arguments, rows):
             if row["error"]:
                 raise ShardError(row["error"])
             if row["rows"] or not start:
                 yield ShardResult(row["name"], row["rows"], row["failures"], row["time"])
 
 
-def _each(
-    worker: type, arguments: tuple[Any, ...], workers: int, rows: list[dict[str, Any]]
+def _cpus() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def on_workers(
+    worker: type, arguments: tuple[Any, ...], rows: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """What the workers say of each of `rows`, as they finish."""
+    """What decoding workers on every CPU, `worker(*arguments)`, say of each of `rows`, as they finish.
+
+    There are as many as CPUs to begin with, and then more or fewer, as nodes come and go. ShardError where Ray fails.
+    """
     import ray.data
     from ray.data.block import BlockAccessor
     from ray.exceptions import RayError, RayTaskError
 
     # Ray Data begins again, without end, what is lost with its worker; `attempts` gives up what is to blame itself.
     pool = ray.data.ActorPoolStrategy(
-        min_size=1, initial_size=workers, max_size=len(rows), max_tasks_in_flight_per_actor=WAITING
+        min_size=1,
+        initial_size=min(_cpus(), len(rows)),
+        max_size=len(rows),
+        max_tasks_in_flight_per_actor=WAITING,
     )
     data = dataset_of(rows).map(
         worker,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)

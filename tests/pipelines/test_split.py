@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hbi.model.config import FrameSettings
+from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.manifest import Row, read_manifest, write_manifest
-from hbi.pipelines.split import SplitSettings, pieces, split_manifest
+from hbi.pipelines.split import SplitSettings, cut, pieces, split_manifest
 from tests.support.videos import make
+
+# Ray Data warns of its own settings when it sends them to its workers.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
 
 def shots(*levels: int, frames: int = 12) -> bytes:
@@ -82,9 +87,9 @@ def manifest(tmp_path: Path) -> str:
     return str(tmp_path / "m.jsonl")
 
 
-def test_by_shots(manifest: str, tmp_path: Path) -> None:
+def test_by_shots(ray_session: None, manifest: str, tmp_path: Path) -> None:
     out = str(tmp_path / "clips.jsonl")
-    assert split_manifest(manifest, out, SplitSettings("shots", min_seconds=0.5), workers=2) == 6
+    assert split_manifest(manifest, out, SplitSettings("shots", min_seconds=0.5)) == 6
     rows = list(read_manifest(out))
     # What cannot be read keeps its row: it fails, with its reason, when shards are made.
     assert [row.id for row in rows] == [
@@ -99,14 +104,22 @@ def test_by_shots(manifest: str, tmp_path: Path) -> None:
     assert rows[2].captions == ["c"]
 
 
-def test_by_stride_whatever_the_number_of_workers(manifest: str, tmp_path: Path) -> None:
+def test_by_stride_as_a_plain_loop_does(ray_session: None, manifest: str, tmp_path: Path) -> None:
     settings = SplitSettings(seconds=1.0, min_seconds=0.5)
-    one, two = (str(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
-    split_manifest(manifest, one, settings, workers=1)
-    split_manifest(manifest, two, settings, workers=2)
-    assert Path(one).read_bytes() == Path(two).read_bytes()
-    times = [(row.start, row.end) for row in read_manifest(one) if row.start is not None]
+    out, plain = str(tmp_path / "out.jsonl"), str(tmp_path / "plain.jsonl")
+    split_manifest(manifest, out, settings)
+    with Decoder(FrameSettings()) as decoder:
+        write_manifest(
+            (clip for row in read_manifest(manifest) for clip in cut(row, decoder, settings)), plain
+        )
+    assert Path(out).read_bytes() == Path(plain).read_bytes()
+    times = [(row.start, row.end) for row in read_manifest(out) if row.start is not None]
     assert times == [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 3.6)]
+
+
+def test_a_manifest_that_is_not_there_is_told_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"none\.jsonl"):
+        split_manifest(str(tmp_path / "none.jsonl"), str(tmp_path / "out.jsonl"), SplitSettings())
 
 
 def test_settings_that_make_no_sense() -> None:
