@@ -42,7 +42,7 @@ class TrainingAborted(ValueError):
 class Hooks:
     """What a run tells and asks the world around it."""
 
-    log: Callable[[str], None] = print
+    log: Callable[[str], object] = print
     """Gets lines of progress, on the first rank."""
     track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
     """Gets metrics and their step, on the first rank. Must not block."""

@@ -1,7 +1,6 @@
 """Ranks, applied to a model from outside it: DDP or FSDP2 around it, whole tensors out of it, sums over all."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hbi.infra.nodes import cores
 from hbi.model.hbi import HBI
 from hbi.training.settings import ComputeSettings
 
@@ -170,4 +170,4 @@ def full_model(model: HBI) -> HBI:
 
 def threads_per_worker(workers: int) -> int:
     """CPU threads that each of `workers` processes on this machine may use without crowding the others."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    return max(1, cores() // workers)

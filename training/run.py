@@ -1,10 +1,7 @@
 """A training run on a Ray cluster: `TorchTrainer` around the loop, and the model that comes out of it."""
 
-import contextlib
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +9,8 @@ from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, log_and_register
 from hbi.infra.mlflow.store import tracking_uri
-from hbi.infra.ray_runtime import ray_running
+from hbi.infra.nodes import require_resources, require_shared
+from hbi.infra.ray_runtime import messages, ray_running
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import fetched
 from hbi.training.init import with_init
@@ -52,7 +50,8 @@ def train(
     beside the weights; without one nothing is registered. log: gets lines of progress.
 
     Raises ValueError, in one line, where the shards, the checkpoints in `out` or the settings do not fit, where the
-    loss is not finite, and where too much of the data cannot be read.
+    loss is not finite, where too much of the data cannot be read, and where a cluster has not the CPUs or GPUs that the
+    run asks for, or does not see a folder on all its nodes.
     """
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
@@ -63,8 +62,15 @@ def train(
         log(f"{out}: this run is finished; give another --out to train anew")
         return finished
     storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
-    with ray_running(), _lines(log) as lines:
-        answer = _run_on_ray(Job(config, data, out, uri, lines))
+    with ray_running():
+        require_shared(
+            {"--data": data, "--out": out, "--tracking": uri} if uri else {"--data": data, "--out": out}
+        )
+        workers = config.workers
+        count = workers.at_least or workers.count
+        require_resources(f"{count} workers", {"GPU": count * workers.gpus, "CPU": count * workers.cpus})
+        with messages(log) as send:
+            answer = _run_on_ray(Job(config, data, out, uri, send))
     if isinstance(answer, str):
         raise ValueError(answer)
     metrics, run_id = answer
@@ -127,28 +133,3 @@ def _ray_storage(out: str) -> tuple[str, Any]:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     return out.removeprefix("s3://"), PyFileSystem(FSSpecHandler(storage.filesystem(out)))
-
-
-@contextlib.contextmanager
-def _lines(log: Callable[[str], None]) -> Iterator[Any]:
-    """A queue whose lines are logged here, wherever in the cluster they come from."""
-    from ray.util.queue import Empty, Queue
-
-    lines = Queue(actor_options={"num_cpus": 0})
-    over = threading.Event()
-
-    def listen() -> None:
-        while not over.is_set():
-            with contextlib.suppress(Empty, queue.Empty):
-                log(lines.get(timeout=0.5))
-
-    listener = threading.Thread(target=listen, name="lines", daemon=True)
-    listener.start()
-    try:
-        yield lines
-    finally:
-        over.set()
-        listener.join()
-        while not lines.empty():
-            log(lines.get())
-        lines.shutdown()

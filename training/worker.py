@@ -1,7 +1,6 @@
 """What each worker of a run does: the loop, then the chosen model measured and put in place."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.tracker import Tracker
+from hbi.infra.nodes import cores
 from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex
@@ -41,8 +41,8 @@ class Job:
     """Where everything that the run makes lies."""
     uri: str
     """MLflow store; "" tracks nothing."""
-    lines: Any
-    """Ray queue for lines of progress."""
+    log: Callable[[str], object]
+    """Takes lines of progress to whoever started the run."""
 
 
 def work(settings: dict[str, Any]) -> Any:
@@ -52,12 +52,12 @@ def work(settings: dict[str, Any]) -> Any:
 
     job: Job = settings["job"]
     config, context = job.config, ray.train.get_context()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     process = Process.current(get_device())
     try:
         with _tracked(job, process) as tracker:
             hooks = Hooks(
-                log=lambda line: job.lines.actor.put_nowait.remote(line),
+                log=job.log,
                 track=tracker.metrics,
                 evaluate=evaluation(config, job.data, job.out, process, tracker),
                 preempted=lambda: ray.train.get_preemption_info() is not None,

@@ -9,7 +9,6 @@ The same seed gives the same bytes, whatever the number of processes.
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from hbi.infra import storage
+from hbi.infra.nodes import cores
 from hbi.pipelines.corpus.captions import caption, questions
 from hbi.pipelines.corpus.render import encode, render
 from hbi.pipelines.corpus.scripts import FAMILY, Script, make_scripts
@@ -44,7 +44,7 @@ def _make(out: str, clips: int, seed: int, processes: int | None) -> Iterator[in
     write = partial(_write_clip, storage.absolute(out), seed)
     rows = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes or cores(), mp_context=context) as pool:
         for row in pool.map(write, range(clips), scripts, chunksize=16):
             row["split"] = splits[(len(rows)) // FAMILY]
             rows.append(row)
