@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -158,14 +158,14 @@ def places_of(command: Sequence[str]) -> Iterator[Place]:
         if hasattr(kind, "read")
         else tyro.cli(reader, args=command[1:], prog=f"hbi {command[0]}")
     )
-    needed = {f.name for f in fields(reader) if f.default is MISSING}
+    flags = {given.split("=")[0] for given in command if given.startswith("--")}
     for name, role in places.items():
         value, flag = getattr(read, name), ""
-        if value is None:
+        if not value:
             value, flag = _default(read, name), f"--{name}"
         if value is None:
             continue
-        called = name.upper() if name in needed and name != "data" else f"--{name}"
+        called = f"--{name}" if flag or f"--{name}" in flags else name.upper()
         holds = HOLDS.get(name, "") if role == "input" else ""
         yield Place(called, value, role, holds, flag)  # pyright: ignore[reportArgumentType]
 

@@ -381,3 +381,16 @@ def test_failures_say_nothing_but_the_contract(tmp_path: Path, decoder: Decoder)
     assert [list(row) for row in lines(tmp_path / "out")] == [["key", "id", "video", "stage", "reason"]]
     assert stat.S_IMODE((tmp_path / "out" / "index.json").stat().st_mode) == 0o644
     assert Failure("1", "i", "v", "read", "r").passing is False
+
+
+def test_a_resume_asks_storage_once_for_each_shard(decoder: Decoder, tmp_path: Path):
+    with object_storage(tmp_path / "s3") as remote, pytest.MonkeyPatch.context() as patch:
+        remote.use(patch)
+        manifest, out = write_clips(tmp_path / "in", 60), remote.uri("out")
+        make(manifest, out, decoder)
+        planned = plan(manifest, out, SETTINGS.identity(), SETTINGS.samples_per_shard)
+        remote.requests.clear()
+        assert all(record is not None for _, record in unfinished(out, planned.shards))
+        records = [path for _, path in remote.requests if "/.done/" in path]
+        assert len(records) == len(planned.shards) == 11
+        assert len(remote.requests) - len(records) <= 4  # lists of the tars and the records
