@@ -50,6 +50,15 @@ def test_memory() -> None:
     assert all(value > 0 for value in found["by_clips"]["20"].values())
 
 
+def test_scale() -> None:
+    found = bench("scale", "--sizes", "200", "1200")
+    plans, resumes = (found[f"{what} of 1200"]["requests"] for what in ("plan", "resume"))
+    assert plans["PUT"] == 2  # one part of the plan, and the plan
+    # The manifest, the plan, and each of the twelve shards once; the lists of the tars and of the records.
+    assert (resumes["GET"], resumes["LIST"]) == (14, 3)
+    assert found["resume of 100000000 by the law"]["requests"]["GET"] == 1_000_002
+
+
 def test_sharding() -> None:
     found = bench("sharding", "--clips", "20", "--repeats", "1", "--samples-per-shard", "10")
     assert found["rows"] == found["samples"] == 20 and found["same_bytes"]
