@@ -29,6 +29,16 @@ PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.3, 10.0
 """Before the second try, and at most; a pause is a random part of three times the one before it."""
 RANGE_BYTES = 8 * 2**20
 """Objects are read in requests of this size, each tried again by itself."""
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+"""Schemes that are read, with the package that fsspec reads them by."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 Result = TypeVar("Result")
@@ -39,18 +49,33 @@ class StorageError(OSError):
 
 
 def is_remote(path: str) -> bool:
-    """True for `s3://`, False for a local path; ValueError for a scheme that we do not speak."""
+    """True for `s3://` and the others of PACKAGES, False for a local path; ValueError for what we do not speak."""
     scheme = re.match(SCHEME, path)
     if scheme is None or scheme[1].lower() == "file":
         return False
-    if scheme[1].lower() == "s3":
+    if scheme[1].lower() in PACKAGES:
         return True
-    raise ValueError(f"{path}: {scheme[1]}:// is not read here: use a local path or s3://")
+    spoken = ", ".join(f"{name}://" for name in PACKAGES)
+    raise ValueError(f"{path}: {scheme[1]}:// is not read here: use a local path or one of {spoken}")
 
 
 def filesystem(path: str) -> Any:
     """The fsspec filesystem of a path (made once per process), for what this module does not offer itself."""
-    return _s3(os.getpid()) if is_remote(path) else _filesystem("file://")
+    if not is_remote(path):
+        return _filesystem("file://")
+    scheme = path.split("://")[0].lower()
+    return _s3(os.getpid()) if scheme == "s3" else _other(scheme, os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _other(scheme: str, pid: int) -> "AbstractFileSystem":
+    """The filesystem of a scheme beside s3; ValueError with the package that it wants."""
+    import fsspec
+
+    try:
+        return fsspec.filesystem(scheme, skip_instance_cache=True)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{scheme}:// needs a package: pip install {PACKAGES[scheme]} ({error})") from None
 
 
 @functools.lru_cache(maxsize=1)
@@ -110,8 +135,9 @@ def _local(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """`s3://bucket/key` as s3fs wants it: `bucket/key`."""
-    return path[len("s3://") :]
+    """`s3://bucket/key` as fsspec wants it: `bucket/key`; of the web, the whole address."""
+    scheme, _, key = path.partition("://")
+    return path if scheme.lower() in ("http", "https") else key
 
 
 def absolute(path: str) -> str:
@@ -127,7 +153,8 @@ def join(base: str, *parts: str) -> str:
         elif is_remote(base) and not part.startswith("/"):
             base = base.rstrip("/") + "/" + part
             if ".." in part.split("/"):
-                base = "s3://" + posixpath.normpath(_key(base))
+                scheme, _, key = base.partition("://")
+                base = f"{scheme}://{posixpath.normpath(key)}"
         else:
             base = os.path.join(base, part)  # noqa: PTH118 (pathlib loses a trailing slash and `s3://`)
     return base
@@ -136,7 +163,8 @@ def join(base: str, *parts: str) -> str:
 def parent(path: str) -> str:
     """The folder that holds a path."""
     if is_remote(path):
-        return "s3://" + posixpath.dirname(_key(path).rstrip("/"))
+        scheme, _, key = path.partition("://")
+        return f"{scheme}://{posixpath.dirname(key.rstrip('/'))}"
     return os.path.dirname(absolute(path))  # noqa: PTH120
 
 
@@ -144,9 +172,12 @@ def size(path: str) -> int:
     """Bytes of a file; FileNotFoundError if there is none."""
     if is_remote(path):
         remote = filesystem(path)
-        info = _persist(path, lambda: remote.info(_key(path), refresh=True))
+        fresh = {"refresh": True} if path[:5].lower() == "s3://" else {}
+        info = _persist(path, lambda: remote.info(_key(path), **fresh))
         if info["type"] != "file":
             raise FileNotFoundError(f"{path}: is a folder, not an object")
+        if info["size"] is None:  # a web server that does not say
+            return len(_persist(path, lambda: remote.cat_file(_key(path))))
         return int(info["size"])
     return Path(_local(path)).stat().st_size
 
@@ -223,7 +254,10 @@ def read_range(path: str, start: int, length: int) -> bytes:
     remote = filesystem(path)
 
     def request() -> bytes:
-        return _of_length(remote.cat_file(_key(path), start=start, end=start + length), start, length)
+        content = remote.cat_file(_key(path), start=start, end=start + length)
+        if len(content) > length:  # a web server that gives the whole for any part
+            content = content[start : start + length]
+        return _of_length(content, start, length)
 
     return _persist(path, request) if length else b""
 
@@ -251,14 +285,18 @@ def local_copy(path: str, folder: str) -> str:
     """A local path with the file's content: the path itself, or a copy of a remote object made inside `folder`."""
     if not is_remote(path):
         return absolute(path)
-    with open_file(path) as source:
-        handle, copy = tempfile.mkstemp(dir=folder, suffix=posixpath.splitext(path)[1][:10])
-        try:
-            with os.fdopen(handle, "wb") as target:
-                shutil.copyfileobj(source, target, RANGE_BYTES)
-        except BaseException:
-            Path(copy).unlink()
-            raise
+    handle, copy = tempfile.mkstemp(dir=folder, suffix=posixpath.splitext(path)[1][:10])
+    try:
+        with os.fdopen(handle, "wb") as target:
+            if path[:4].lower() == "http":  # in one stream: not every web server knows ranges
+                remote = filesystem(path)
+                _persist(path, lambda: remote.get_file(_key(path), copy))
+            else:
+                with open_file(path) as source:
+                    shutil.copyfileobj(source, target, RANGE_BYTES)
+    except BaseException:
+        Path(copy).unlink()
+        raise
     return copy
 
 

@@ -133,7 +133,9 @@ def _split_all(rows: Iterable[Row], settings: SplitSettings) -> Iterator[Row]:
 
 
 def cut(row: Row, decoder: Decoder, settings: SplitSettings) -> list[Row]:
-    """The clips of a row; the row itself where its video cannot be read."""
+    """The clips of a row; the row itself where its video cannot be read, or it means none."""
+    if row.fault:
+        return [row]
     try:
         with tempfile.TemporaryDirectory(prefix="hbi-split-") as folder:
             path = storage.local_copy(row.video, folder)

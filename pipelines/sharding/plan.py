@@ -137,7 +137,7 @@ def _write(
         for count, row in enumerate(read_manifest(manifest), 1):
             # Escaped to ASCII: file names that are not UTF-8, and lone surrogates, come back as they were.
             line = json.dumps({"key": f"{count - 1:09d}", **asdict(row)}, default=str).encode() + b"\n"
-            waiting.setdefault(_file_name(row.split, count), []).append(line)
+            waiting.setdefault(row.split, []).append(line)
             if len(waiting[row.split]) == rows_per_shard:
                 flush(row.split)
             if progress is not None and count % 10_000 == 0:
@@ -157,20 +157,6 @@ def _write(
     }
     storage.write_bytes(place, json.dumps(content).encode())
     return made
-
-
-def _file_name(split: str, row: int) -> str:
-    """The split, if it can start a file name; it is part of one."""
-    if (
-        not split
-        or len(split.encode("utf-8", "replace")) > 200
-        or not split.isprintable()
-        or set(split) & set("/\\")
-    ):
-        raise ValueError(
-            f"manifest row {row}: split {split!r} cannot name a file: use letters, digits, dashes"
-        )
-    return split
 
 
 def _digest(manifest: str) -> str:

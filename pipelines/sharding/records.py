@@ -33,7 +33,7 @@ class Failure:
     video: str
     """Path or URI."""
     stage: str
-    """`read`, `decode` or `filter`."""
+    """`manifest`, `read`, `decode` or `filter`."""
     reason: str
     """What went wrong, in one line."""
     passing: bool = False

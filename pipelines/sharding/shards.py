@@ -169,7 +169,9 @@ def _fetched(rows: list[tuple[str, Row]], staging: str) -> Iterator[tuple[str, R
 
     Of remote videos the next is fetched while one is decoded; neighbours that cut the same video share its copy.
     """
-    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[1].video)]
+    groups = [
+        list(group) for _, group in itertools.groupby(rows, key=lambda row: (row[1].video, row[1].fault))
+    ]
     with ThreadPoolExecutor(1) as reader:
 
         def fetch(group: list[tuple[str, Row]]) -> Callable[[], str | Failure]:
@@ -205,6 +207,8 @@ def _fetch(row: Row, staging: str) -> str | Failure:
     def failure(reason: str, passing: bool = False) -> Failure:
         return Failure("", "", row.video, "read", " ".join(reason.split()), passing)
 
+    if row.fault:
+        return Failure("", "", row.video, "manifest", " ".join(row.fault.split()))
     try:
         if storage.is_remote(row.video):
             return storage.local_copy(row.video, staging)

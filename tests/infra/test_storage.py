@@ -1,8 +1,12 @@
 """Storage: whole or not at all, and every passing fault of object storage survived. Against a real server."""
 
+import functools
 import io
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -155,3 +159,40 @@ def test_paths():
     assert storage.parent("s3://b/data/m.jsonl") == "s3://b/data" and storage.parent("/a/b") == "/a"
     with pytest.raises(ValueError, match="gs://"):
         storage.read_bytes("gs://b/x")
+
+
+def test_the_web_is_read_with_ranges_or_without(tmp_path: Path) -> None:
+    """`https://` and its like go through fsspec; Python's own server knows no ranges."""
+    content = bytes(range(256)) * 40
+    (tmp_path / "a b.bin").write_bytes(content)
+    handler = functools.partial(SilentHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_address[1]}/a%20b.bin"
+            assert storage.read_bytes(address) == content
+            assert storage.read_range(address, 300, 50) == content[300:350]
+            assert Path(storage.local_copy(address, str(tmp_path))).read_bytes() == content
+            with pytest.raises(FileNotFoundError):
+                storage.read_bytes(address + "x")
+        finally:
+            server.shutdown()
+    assert storage.parent(address) == address.rsplit("/", 1)[0]
+    assert storage.join("https://h/a/b", "../c.mp4") == "https://h/a/c.mp4"
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    storage._other.cache_clear()
+    with pytest.raises(ValueError, match="gs:// needs a package: pip install gcsfs"):
+        storage.size("gs://bucket/a.mp4")
+    with pytest.raises(ValueError, match="az:// needs a package: pip install adlfs"):
+        storage.size("az://container/a.mp4")
+    with pytest.raises(ValueError, match=r"ftp:// is not read here: use a local path or one of s3://, gs://"):
+        storage.is_remote("ftp://host/a.mp4")

@@ -1,5 +1,8 @@
 """Manifests in both formats, from folder and storage, row by row; and one line for each thing that is wrong."""
 
+import csv
+import gzip
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from hbi.infra import storage
+from hbi.pipelines import manifest
 from hbi.pipelines.datasets.folder import folder_manifest
 from hbi.pipelines.manifest import Row, read_manifest, write_manifest
 
@@ -72,11 +75,11 @@ def test_parquet_says_the_same(tmp_path: Path) -> None:
 def test_a_manifest_is_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten million rows cost what ten do: the first come before the rest is read."""
 
-    def endless(path: str) -> Iterator[str]:
+    def endless(path: str) -> Iterator[tuple[str, Any]]:
         while True:
-            yield '{"video": "a.mp4"}'
+            yield "line 1", {"video": "a.mp4"}
 
-    monkeypatch.setattr(storage, "read_lines", endless)
+    monkeypatch.setattr(manifest, "read_table", endless)
     assert len(list(islice(read_manifest(str(tmp_path / "m.jsonl")), 1000))) == 1000
 
 
@@ -85,28 +88,112 @@ def test_a_manifest_is_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         ("{", "not JSON"),
         ("[1]", 'a row is an object such as {"video": "a.mp4"}, not [1]'),
-        ('{"path": "a.mp4", "caption": 1}', "no `video` (its columns: path, caption)"),
+        ('{"path": "a.mp4", "caption": 1}', "the column 'path' is not read: call it video"),
+        ('{"film": "a.mp4"}', "no `video` (its columns: film)"),
         ("{}", "no `video` (its columns: none)"),
         ('{"video": 3}', "`video` is 3, must be a path or URI"),
         ('{"video": ""}', '`video` is "", must be a path or URI'),
-        ('{"video": "a", "captions": "x"}', '`captions` is "x", must be a list of sentences'),
+        ('{"video": NaN}', "`video` is NaN, must be a path or URI"),
+        ('{"video": "a", "captions": 4}', "`captions` is 4, must be a sentence or a list of sentences"),
         ('{"video": "a", "captions": [1]}', "`captions` is [1]"),
+        ('{"video": "a", "Captions": ["x"]}', "the column 'Captions' is not read: call it captions"),
+        ('{"video": "a", "captoins": ["x"]}', "the column 'captoins' is not read"),
+        ('{"video": "a", "sentence": "x"}', "the column 'sentence' is not read: call it captions"),
+        ('{"video": "a", "start_time": 3}', "the column 'start_time' is not read: call it start"),
+        ('{"video": "a", "caption": "x", "text": "y"}', "captions stand in two columns, caption and text"),
         ('{"video": "a", "split": 1}', "`split` is 1"),
+        ('{"video": "a", "split": "a/b"}', "cannot name a file"),
         ('{"video": "a", "id": [1]}', "`id` is [1], must be text"),
-        ('{"video": "a", "start": "0:10"}', '`start` is "0:10", must be seconds'),
+        ('{"video": "a", "id": true}', "`id` is true, must be text"),
+        ('{"video": "a", "start": "soon"}', '`start` is "soon", must be seconds'),
         ('{"video": "a", "start": -1}', "`start` is -1"),
-        ('{"video": "a", "end": NaN}', "NaN is no JSON number"),
+        ('{"video": "a", "end": Infinity}', "`end` is Infinity"),
         ('{"video": "a", "start": 4, "end": 2}', "`end` is 2 s, must be after `start` (4 s)"),
         ('{"video": "a", "qa": [{"q": 1}]}', '`qa` is [{"q": 1}], must be a list of {"question", "answer"}'),
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_a_malformed_row_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = write(tmp_path, '{"video": "good.mp4"}', line)
-    with pytest.raises(ValueError) as error:
+def test_a_row_that_cannot_be_meant_has_a_fault_and_its_neighbours_have_none(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = write(tmp_path, '{"video": "good.mp4"}', line, '{"video": "fine.mp4"}')
+    good, bad, fine = read_manifest(path)
+    assert (good.fault, fine.fault, fine.id) == ("", "", "fine")
+    assert bad.fault.startswith("line 2: ") and message in bad.fault
+    assert "\n" not in bad.fault and len(bad.fault) < 400 and bad.split == "train"
+    # Alone, it is the manifest that is wrong.
+    with pytest.raises(ValueError, match=r"manifest\.jsonl: its only row: line 1: "):
+        list(read_manifest(write(tmp_path, line)))
+
+
+def test_what_people_write_is_understood() -> None:
+    def row(**columns: Any) -> Row:
+        return Row.parse({"video": "a.mp4", **columns})
+
+    assert (
+        row(caption="one").captions == row(text=["one"]).captions == row(captions="one").captions == ["one"]
+    )
+    assert row(captions=None).captions == row(captions=float("nan")).captions == []
+    assert row(captions=["one", None, float("nan"), " "]).captions == ["one"]
+    assert row(captions='["one", "two"]').captions == ["one", "two"]
+    assert row(captions="[music]").captions == ["[music]"]
+    assert [
+        row(start=value).start for value in (1, 1.5, "2", " 2.5 ", "0:10", "00:01:02.5", "1:00:00,5")
+    ] == [*(1.0, 1.5, 2.0, 2.5, 10.0, 62.5, 3600.5)]
+    assert row(start=float("nan"), end="").start is row(start=None, end="").end is None
+    assert [row(id=value).id for value in (7, 7.0, "7.0", float("nan"))] == ["7", "7", "7.0", "a"]
+    assert row(split=float("nan")).split == "train"
+    assert row(title="t", begin=3, start=1).extra == {"title": "t", "begin": 3}
+
+
+ROWS = [
+    Row("/v/a.mp4", "1", ["a dog, running"], "train", 1.5, 62.0),
+    Row("/v/é.mp4", "é", ["one", "two"], "test"),
+    Row("/v/c.mp4", "c"),
+]
+
+
+def text_of(delimiter: str) -> str:
+    """ROWS as a spreadsheet would write them."""
+    table = io.StringIO()
+    writer = csv.writer(table, delimiter=delimiter)
+    writer.writerow(["video", "id", "caption", "split", "start", "end"])
+    writer.writerow(["/v/a.mp4", "1", "a dog, running", "", "1.5", "00:01:02"])
+    writer.writerow(["/v/é.mp4", "é", '["one", "two"]', "test", "", ""])
+    writer.writerow(["/v/c.mp4", "", "", "", "", ""])
+    return table.getvalue()
+
+
+JSONL = "".join(json.dumps(json.loads(row.line()), ensure_ascii=False) + "\r\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "m.tsv", "m.jsonl.gz", "m.csv.gz", "M.TSV.GZ", "m"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_every_format_in_every_encoding_says_the_same(tmp_path: Path, name: str, encoding: str) -> None:
+    kind = name.lower().removesuffix(".gz")
+    text = text_of("," if kind.endswith("csv") else "\t") if kind.endswith(("csv", "tsv")) else JSONL
+    content = text.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert list(read_manifest(str(path))) == ROWS
+
+
+def test_a_header_that_is_wrong_is_wrong_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("video,sentence\na.mp4,hello\n")
+    with pytest.raises(ValueError, match=r"m\.csv: the column 'sentence' is not read: call it captions"):
+        list(read_manifest(str(tmp_path / "m.csv")))
+    parquet.write_table(pa.table({"film": ["a.mp4"]}), tmp_path / "m.parquet")
+    with pytest.raises(ValueError, match=r"m\.parquet: no `video` \(its columns: film\)"):
+        list(read_manifest(str(tmp_path / "m.parquet")))
+    path = write(tmp_path, *['{"film": "a.mp4"}'] * 200)
+    with pytest.raises(ValueError, match="none of its first 100 rows is a clip: line 1: no `video`"):
         list(read_manifest(path))
-    assert str(error.value).startswith(f"{path} line 2: ") and message in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_cells_beyond_the_header_are_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("video,caption\na.mp4,one\nb.mp4,two, three\n")
+    good, bad = read_manifest(str(tmp_path / "m.csv"))
+    assert good.captions == ["one"] and "more cells than the header has columns (2)" in bad.fault
 
 
 def test_a_manifest_that_is_none(tmp_path: Path) -> None:
@@ -118,14 +205,17 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a Parquet file"):
         list(read_manifest(str(tmp_path / "m.parquet")))
     (tmp_path / "v.jsonl").write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match=r"v\.jsonl line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"v\.jsonl: .*line 1: not JSON"):
         list(read_manifest(str(tmp_path / "v.jsonl")))
+    (tmp_path / "m.csv.gz").write_bytes(gzip.compress(b"video\n" + b"a.mp4\n" * 10)[:-12])
+    with pytest.raises(ValueError, match="gzip is damaged or incomplete"):
+        list(read_manifest(str(tmp_path / "m.csv.gz")))
 
 
 def test_ids_default_to_the_name_without_its_last_extension() -> None:
     names = {"a.b.mp4": "a.b", "x/-c.mp4": "-c", ".hidden": ".hidden", "noext": "noext", "f/": "f"}
     names |= {"s3://b/k/é.webm": "é", "https://e.com/v.mp4?x=1": "v", "a b%20.mp4": "a b%20"}
-    assert {video: Row.parse({"video": video}, "here").id for video in names} == names
+    assert {video: Row.parse({"video": video}).id for video in names} == names
 
 
 def test_written_rows_are_read_as_they_were(tmp_path: Path) -> None:

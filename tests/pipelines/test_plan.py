@@ -64,7 +64,7 @@ def test_any_text_survives(tmp_path: Path):
 
 def test_the_manifest_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planning, "PART_BYTES", 100_000)
-    sample = Row.parse({"video": "/a.mp4", "captions": ["a caption of some length " * 4]}, "here")
+    sample = Row.parse({"video": "/a.mp4", "captions": ["a caption of some length " * 4]})
 
     def peak(count: int) -> int:
         def rows(_: str) -> Iterator[Row]:
@@ -128,10 +128,11 @@ def test_a_plan_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("split", ["a/b", "", "x" * 300, "new\nline", "\udcff"])
-def test_a_split_must_be_able_to_name_a_file(tmp_path: Path, split: str):
-    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4"}, {"video": "a.mp4", "split": split}])
-    with pytest.raises(ValueError, match="split"):
-        plan(manifest, str(tmp_path / "out"), SETTINGS, 4)
+def test_a_split_that_cannot_name_a_file_is_a_fault_of_its_row(tmp_path: Path, split: str):
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4"}, {"video": "b.mp4", "split": split}])
+    planned = plan(manifest, str(tmp_path / "out"), SETTINGS, 4)
+    ((_, good), (_, bad)) = read_rows(str(tmp_path / "out"), planned.shards[0])
+    assert not good.fault and bad.fault.startswith("line 2: `split` is ") and bad.split == "train"
 
 
 def test_nothing_to_do_is_an_error(tmp_path: Path):
