@@ -399,7 +399,11 @@ def test_a_resume_asks_storage_once_for_each_shard(decoder: Decoder, tmp_path: P
 def test_a_row_that_cannot_be_meant_is_a_failure_of_the_manifest(tmp_path: Path, decoder: Decoder):
     write_clips(tmp_path, 0)
     good = [{"video": f"{i}.mp4"} for i in range(3)]
-    bad = [{"video": "3.mp4", "start": "soon"}, {"film": "4.mp4", "id": "x"}, {"video": "4.mp4", "split": "a/b"}]
+    bad = [
+        {"video": "3.mp4", "start": "soon"},
+        {"film": "4.mp4", "id": "x"},
+        {"video": "4.mp4", "split": "a/b"},
+    ]
     rows = [good[0], bad[0], good[1], bad[1], bad[2], good[2]]
     make(write_manifest(tmp_path / "m.jsonl", rows), str(tmp_path / "out"), decoder)
     assert [sample.id for sample in samples(tmp_path / "out")] == ["0", "1", "2"]
