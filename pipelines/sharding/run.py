@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hbi.infra import storage
+from hbi.infra.claim import claimed
 from hbi.infra.nodes import on_every_node, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
 from hbi.infra.scratch import END_SECONDS, sweep_scratch
@@ -115,9 +116,10 @@ def _in_words(out: str) -> Iterator[None]:
 
 @contextmanager
 def _alone(out: str) -> Iterator[None]:
-    """Inside, no other run on this machine writes to a local `out`, and nothing is left of a killed one."""
+    """Inside, no other run writes to `out`, and nothing is left there of a killed one."""
     if storage.is_remote(out):
-        yield
+        with claimed(storage.join(out, FOLDER, "writing"), out):
+            yield
         return
     place = Path(out, FOLDER)
     try:

@@ -1,0 +1,36 @@
+"""One job at a time on an output in object storage, and no waiting for ever for one that was killed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hbi.infra import claim, storage
+from hbi.infra.claim import claimed
+from tests.support.s3 import ObjectStorage, object_storage
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[ObjectStorage]:
+    with object_storage(tmp_path / "s3") as running, pytest.MonkeyPatch.context() as patch:
+        running.use(patch)
+        patch.setattr(claim, "BEAT_SECONDS", 0.3)
+        yield running
+
+
+def test_the_second_of_two_is_refused_and_nothing_is_left(remote: ObjectStorage):
+    place = remote.uri("out/writing")
+    with claimed(place, "s3://corpus/out"):
+        with pytest.raises(ValueError, match=r"^s3://corpus/out: another run is writing there: [^\n]*$"):
+            claimed(place, "s3://corpus/out").__enter__()
+        assert storage.exists(place)
+    assert not storage.exists(place)
+    with claimed(place, "s3://corpus/out"):
+        pass
+
+
+def test_what_a_killed_one_left_is_taken_over(remote: ObjectStorage):
+    place = remote.uri("out/writing")
+    storage.write_bytes(place, b"somebody 7")
+    with claimed(place, "s3://corpus/out"):
+        assert not storage.read_bytes(place).startswith(b"somebody")
