@@ -12,6 +12,8 @@ PACKAGE = ModelPackage(
         "hbi/infra/project.py",
         "hbi/pipelines/__init__.py",
         "hbi/pipelines/decoding",
+        "hbi/serving/__init__.py",
+        "hbi/serving/model.py",
     ),
     requirements=(
         "mlflow",

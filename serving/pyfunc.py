@@ -6,106 +6,120 @@ else:
     hbi = mlflow.pyfunc.load_model("models:/hbi@champion")
     hbi.predict(pandas.DataFrame({"text": ["a red square moves left"]}))
     hbi.predict(pandas.DataFrame({"video": ["clips/one.mp4"]}))
+    hbi.predict(pandas.DataFrame({"video": ["clips/one.mp4"], "question": ["what moves left?"]}))
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 import torch
 
-BATCH = 32
-"""Rows encoded at once."""
+if TYPE_CHECKING:
+    from hbi.model.tokens import Tokens
+
+COLUMNS = ("text", "video", "question", "answers")
 
 
 class HBIPackage(mlflow.pyfunc.PythonModel):
-    """Sentences and videos to the tokens of the entity level, on which retrieval is scored."""
+    """Sentences and videos to the tokens that retrieval is scored on, videos to captions, questions to answers."""
 
     def load_context(self, context: Any) -> None:
         """Weights, settings and tokenizer from the packaged model folder; a GPU is used where there is one."""
         from hbi.model.tokenizer import load_tokenizer
         from hbi.model.weights import load_model
+        from hbi.serving.model import Model
 
         folder = context.artifacts["model"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder).eval().to(self.device)
-        self.tokenizer = load_tokenizer(folder)
+        self.model = Model(load_model(folder), load_tokenizer(folder))
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride] (MLflow's own says that it returns nothing)
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """One row for each input row, whose `text` or `video` (a local path) is filled, with three columns:
+        """One row for each input row: a `text`, a `video` (a local path), or a `video` and a `question` about it.
+
+        A text or a video gives three columns:
 
         tokens: [n, dim] unit vectors of the words or frames;  weights: [n], which sum to 1;
         embedding: [dim], the weighted sum of the tokens, for a first rough search.
 
         A text a and a video b match by 1/2 (sum_t w_t max_v s[t, v] + sum_v w_v max_t s[t, v]), with s the inner
-        products of their tokens. ValueError for a row with neither or both.
+        products of their tokens. A video has a `caption` too, where the model writes captions. A question has an
+        `answer` and its `probability`: of the model's own list, or of `answers`, a list in the row.
+
+        model_input: a table, a list of rows, or a list of sentences (as a table of `text`). ValueError names the row
+        and what to fill; nothing is passed over.
         """
-        texts, videos = {}, {}
-        for number, row in enumerate(model_input.to_dict("records")):
-            text, video = _filled(row, "text"), _filled(row, "video")
-            if (text is None) == (video is None):
-                raise ValueError(
-                    f"row {number}: fill either `text` or `video` (a path), and leave the other empty"
-                )
-            if text is not None:
-                texts[number] = text
-            if video is not None:
-                videos[number] = video
+        rows = [_checked(number, row) for number, row in enumerate(_records(model_input))]
         answers: dict[int, dict[str, Any]] = {}
-        for encode, wanted in ((self._texts, texts), (self._videos, videos)):
-            numbers = list(wanted)
-            for first in range(0, len(numbers), BATCH):
-                part = numbers[first : first + BATCH]
-                answers |= zip(part, encode([wanted[number] for number in part]), strict=True)
-        ordered = [answers[number] for number in range(len(model_input))]
-        return pd.DataFrame(ordered, columns=["tokens", "weights", "embedding"])
+        texts = {number: row["text"] for number, row in enumerate(rows) if "text" in row}
+        if texts:
+            answers |= zip(texts, _token_rows(self.model.text_tokens(list(texts.values()))), strict=True)
+        videos = {n: row["video"] for n, row in enumerate(rows) if "video" in row and "question" not in row}
+        if videos:
+            answers |= zip(videos, self._videos(list(videos.values())), strict=True)
+        for number, row in enumerate(rows):
+            if "question" in row:
+                ranked = self.model.rank_answers(row["video"], row["question"], row.get("answers"))
+                answers[number] = {"answer": ranked[0][0], "probability": ranked[0][1]}
+        return pd.DataFrame([answers[number] for number in range(len(rows))])
 
-    @torch.inference_mode()
-    def _texts(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        from hbi.model.tokenizer import tokenize
-
-        ids, mask = (
-            tensor.to(self.device) for tensor in tokenize(self.tokenizer, texts, self.model.config.words)
-        )
-        words, _ = self.model.encode_text(ids, mask)
-        return _rows(self.model.text_levels(words, mask)["entity"])
-
-    @torch.inference_mode()
     def _videos(self, paths: Sequence[str]) -> list[dict[str, Any]]:
-        from hbi.model.frames import FrameSettings
-        from hbi.pipelines.decoding.clip import DecodeError
-        from hbi.pipelines.decoding.decoder import Decoder
-
-        config = self.model.config
-        settings = FrameSettings(num_frames=config.frames, size=config.towers.image_size)
-        clips = []
-        with Decoder(settings) as decoder:  # a process of its own: a video can hang a decoder, or kill it
-            for path in paths:
-                try:
-                    clips.append(decoder.decode(Path(path)).frames)
-                except (DecodeError, OSError) as error:
-                    raise ValueError(f"{path}: gives no frames ({error})") from None
-        frames = np.zeros((len(clips), config.frames, settings.size, settings.size, 3), dtype=np.uint8)
-        mask = torch.zeros(len(clips), config.frames, dtype=torch.bool)
-        for i, clip in enumerate(clips):
-            frames[i, : len(clip)] = np.stack(clip)
-            mask[i, : len(clip)] = True
-        mask = mask.to(self.device)
-        encoded = self.model.encode_video(torch.from_numpy(frames).to(self.device), mask)
-        return _rows(self.model.video_levels(encoded, mask)["entity"])
+        found = _token_rows(self.model.video_tokens(paths))
+        if self.model.model.captioner is not None:
+            for row, caption in zip(found, self.model.caption(paths), strict=True):
+                row["caption"] = caption
+        return found
 
 
-def _filled(row: dict[Any, Any], column: str) -> str | None:
-    value = row.get(column)
-    return value if isinstance(value, str) and value else None
+def _records(given: Any) -> list[dict[str, Any]]:
+    """The rows of whatever came; ValueError where there is none."""
+    if isinstance(given, pd.DataFrame):
+        rows = given.to_dict("records")
+    elif isinstance(given, str):
+        rows = [{"text": given}]
+    elif isinstance(given, dict):
+        rows = [given]
+    else:
+        rows = [row if isinstance(row, dict) else {"text": row} for row in given]
+    if not rows:  # MLflow leaves out columns that the signature does not know, and rows without any
+        raise ValueError(
+            f"no row with a column of {', '.join(COLUMNS)}: give a table of them, as in "
+            'pandas.DataFrame({"text": ["a red square"]})'
+        )
+    return rows
 
 
-def _rows(tokens: Any) -> list[dict[str, Any]]:
+def _checked(number: int, row: dict[Any, Any]) -> dict[str, Any]:
+    """What is filled of a row's columns."""
+    if strange := [str(name) for name in row if name not in COLUMNS]:
+        raise ValueError(f"row {number}: no column {', '.join(strange)}; there are {', '.join(COLUMNS)}")
+    filled = {name: row[name] for name in ("text", "video", "question") if _is_text(row.get(name))}
+    if ("text" in filled) == ("video" in filled):
+        raise ValueError(f"row {number}: fill either `text` or `video` (a path), and leave the other empty")
+    if "question" in filled and "video" not in filled:
+        raise ValueError(f"row {number}: a `question` is about a video: fill `video` (a path)")
+    answers = row.get("answers")
+    if not _is_missing(answers):
+        if "question" not in filled:
+            raise ValueError(f"row {number}: `answers` belong to a `question`: fill it")
+        if isinstance(answers, str):
+            raise ValueError(f"row {number}: `answers` is {answers!r}, must be a list of answers")
+        filled["answers"] = list(answers)
+    return filled
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_missing(value: Any) -> bool:
+    """What pandas puts where a column has no value in a row."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _token_rows(tokens: "Tokens") -> list[dict[str, Any]]:
     """The present tokens of each row, as plain lists."""
     unit = torch.nn.functional.normalize(tokens.tokens.float(), dim=-1)
     weights = tokens.weights().float()

@@ -100,7 +100,9 @@ def _save_package(
         from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
         vector = Array(DataType.double)
+        asked = {"text": "string", "video": "string", "question": "string", "answers": Array(DataType.string)}
         outputs = {"tokens": Array(vector), "weights": vector, "embedding": vector}
+        outputs |= {"caption": "string", "answer": "string", "probability": "double"}
         pyfunc.save_model(
             path=str(target),
             mlflow_model=Model(run_id=run_id, model_id=model_id),
@@ -108,8 +110,8 @@ def _save_package(
             artifacts={"model": str(model_folder)},
             code_paths=[_copy_code(package, Path(scratch))],
             signature=ModelSignature(
-                inputs=Schema([ColSpec("string", column, required=False) for column in ("text", "video")]),
-                outputs=Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
+                inputs=Schema([ColSpec(kind, name, required=False) for name, kind in asked.items()]),
+                outputs=Schema([ColSpec(kind, name, required=False) for name, kind in outputs.items()]),
             ),
             pip_requirements=[
                 f"{name}=={metadata.version(name).split('+')[0]}" for name in package.requirements
