@@ -179,7 +179,7 @@ def check_checkpoint(folder: Path, where: str, config: TrainConfig, data: str) -
     theirs = flatten(asdict(TrainConfig.from_json(json.dumps(state["config"]))))
     ours = flatten(asdict(config))
     computed = ("model.checkpointing",)
-    fixed = ("model.", "seed", "data.split", "data.shuffle_window", "optim.ema")
+    fixed = ("model.", "task", "heads.vocabulary", "seed", "data.split", "data.shuffle_window", "optim.ema")
     differing = [
         f"{name} {theirs.get(name)} there, {ours.get(name)} here"
         for name in sorted(theirs.keys() | ours.keys())

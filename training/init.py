@@ -1,5 +1,6 @@
 """Models by name (a folder, the registry, a published checkpoint), and a run that begins from one."""
 
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer
 from hbi.model.weights import CONFIG, load_model, load_published, read_config, save_model
+from hbi.training.answers import TRAINED, trained_on
 from hbi.training.checkpoint import fetched
 from hbi.training.settings import TrainConfig
 
@@ -19,6 +21,8 @@ INIT = "start"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 PUBLISHED = (".bin", ".pt", ".pth", ".safetensors")
 """How the name of a published checkpoint in object storage ends; anything else there is a folder."""
+ADDED = ("reconstruction.", "answerer.", "captioner.")
+"""Where the names of parameters begin that a run may add to the model that it begins from."""
 CHOICES = ("checkpointing", "freeze_patches", "masking")
 """What a run decides of a model that it begins from: the fields that are no sizes."""
 
@@ -76,17 +80,39 @@ def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfi
         model, tokenizer = load_named(source, wanted.frames)
         with tempfile.TemporaryDirectory() as made:
             save_model(model, made, tokenizer)
+            (Path(made) / TRAINED).write_text(json.dumps(trained_on(config.init_from, tracking)))
             storage.put_files(Path(made).iterdir(), folder, last=CONFIG)
     with fetched(folder) as local:
         held = read_config(local)
-    return replace(config, model=replace(held, **_choices(wanted)))
+    return replace(config, model=replace(held, **_choices(wanted, held)))
 
 
 def init_model(config: ModelConfig, folder: str) -> HBI:
-    """The model of a folder, local or s3://, to be trained with the choices of `config`."""
+    """The model of a folder, local or s3://, to be trained with the choices of `config`; new heads are fresh."""
     with fetched(folder) as local:
-        return load_model(local, **_choices(config)).train()
+        held = load_model(local)
+    choices = _choices(config, held.config)
+    model = HBI(replace(held.config, **choices))
+    state = model.state_dict()
+    known = {
+        name: value
+        for name, value in held.state_dict().items()
+        if name in state and state[name].shape == value.shape
+    }
+    fresh = [name for name in state.keys() - known.keys() if not name.startswith(ADDED)]
+    assert not fresh, f"the choices change {fresh}"
+    model.load_state_dict(state | known)
+    model.vocabulary = held.vocabulary
+    return model.train()
 
 
-def _choices(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in CHOICES}
+def _choices(wanted: ModelConfig, held: ModelConfig) -> dict[str, Any]:
+    """What a run decides: the heads that it asks for are added to those that are there, or take their place."""
+    choices: dict[str, Any] = {name: getattr(wanted, name) for name in CHOICES}
+    if wanted.reconstruction.form != "none":
+        choices["reconstruction"] = wanted.reconstruction
+    if wanted.answers.head != "none":
+        choices["answers"] = wanted.answers
+    if wanted.captions.layers:
+        choices["captions"] = wanted.captions
+    return choices

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbi.model.hbi import HBI, Encoded
+from hbi.model.hbi import HBI
 from hbi.model.tokenizer import tokenize
 from hbi.model.weights import build_model, load_estimator
 from hbi.pipelines.sample import ShardIndex, check_shards
@@ -31,6 +31,7 @@ from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.parallel import average_scalars, averaging, clip_gradients, parallelize
 from hbi.training.settings import TrainConfig
 from hbi.training.step_metrics import StepMetrics
+from hbi.training.tasks import HeadTasks
 from hbi.training.throughput import Throughput, clock, flops_per_clip, memory_bytes, peak_flops
 
 
@@ -70,6 +71,8 @@ class Training:
         # A backbone brings its own sizes: from here on the configuration says what is there.
         self.config = config = replace(config, model=self.model.config)
         check_shards(index, config.model, config.model_flags)
+        if "qa" in config.task:
+            self.model.vocabulary = config.heads.vocabulary
         if config.estimator:
             self.model.estimator = load_estimator(config.estimator)
         self.tokenizer, self.checkpoints, self.hooks = tokenizer, checkpoints, hooks
@@ -80,6 +83,7 @@ class Training:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.ema = EMA(self.model, config.optim.ema) if config.optim.ema else None
         self.loader = Loader(index, config, process)
+        self.heads = HeadTasks(config, tokenizer, process)
         self.state = State(self.model, self.optimizer, self.ema, process)
         self.digest, self.progress = index_digest(index), Progress()
         torch.manual_seed(config.seed * 1_000_003 + process.rank)
@@ -102,7 +106,9 @@ class Training:
         """Trains to the end of the run; returns where it ended."""
         with contextlib.closing(self.loader):
             while not self.over():
-                for batch in self.throughput.waiting(self.loader.batches(self.progress.position)):
+                for batch in self.throughput.waiting(
+                    self.loader.batches(self.progress.position, self.progress.step)
+                ):
                     self.schedule()
                     losses = self.backward(batch)
                     norm = self.update()
@@ -130,6 +136,8 @@ class Training:
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of the global batch, and its gradient in the weights."""
+        if batch.task != "retrieval":
+            return self.heads.backward(self._encode, batch, lambda on: averaging(self.wrapped, on))
         return backward(
             self._encode, self._micro_batches(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
         )
@@ -144,7 +152,7 @@ class Training:
         ]
         return list(zip(*(t.tensor_split(self.config.data.accumulate) for t in whole), strict=True))
 
-    def _encode(self, micro_batch: tuple[Tensor, ...]) -> Encoded:
+    def _encode(self, micro_batch: tuple[Any, ...]) -> Any:
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.bf16):
             return self.wrapped(*micro_batch)
 
@@ -251,9 +259,7 @@ class Training:
         self.model.train()
         self.progress = replace(self.progress, metrics=metrics)
         if self.process.first and metrics:
-            chosen = {
-                name: value for name, value in metrics.items() if name.endswith(self.config.checkpoint.metric)
-            }
+            chosen = {name: value for name, value in metrics.items() if name.endswith(self.config.metric)}
             self.hooks.log(
                 f"epoch {epoch}  " + "  ".join(f"{name} {value:.1f}" for name, value in chosen.items())
             )

@@ -78,10 +78,12 @@ def parallelize(model: nn.Module, process: Process, settings: ComputeSettings) -
         # DDP regroups its buckets after the first step, and with three ranks or more another grouping sums in another
         # order. With `find_unused_parameters` it never does: on CPUs a resumed run stays bitwise the unbroken one.
         cpu = process.device.type == "cpu"
+        # With heads a step trains a part of the model, and leaves the other heads alone.
+        heads = [name for name in ("answerer", "captioner") if getattr(model, name, None) is not None]
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=None if cpu else [process.device],
-            find_unused_parameters=cpu,
+            find_unused_parameters=cpu or len(heads) > 0,
             gradient_as_bucket_view=True,
         )
     return _shard(model, process, settings)
@@ -164,6 +166,7 @@ def full_model(model: HBI) -> HBI:
     if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         return model
     copy = HBI(model.config).to(next(model.parameters()).device)
+    copy.vocabulary = model.vocabulary
     copy.load_state_dict({name: full_tensor(tensor) for name, tensor in state.items()})
     return copy
 

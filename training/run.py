@@ -12,6 +12,7 @@ from hbi.infra.mlflow.store import tracking_uri
 from hbi.infra.nodes import require_resources, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
 from hbi.pipelines.sample import ShardIndex
+from hbi.training.answers import refuse_seen_tests, with_vocabulary
 from hbi.training.checkpoint import fetched
 from hbi.training.init import with_init
 from hbi.training.settings import TrainConfig
@@ -56,7 +57,9 @@ def train(
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
     index = ShardIndex.read(data)
+    refuse_seen_tests(config, index, tracking, log)
     config = with_tokenizer(with_init(config, out, tracking), index, out)
+    config = with_vocabulary(config, index, out, log)
     finished = _finished(config, out)
     if finished is not None:
         log(f"{out}: this run is finished; give another --out to train anew")

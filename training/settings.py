@@ -8,7 +8,11 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
-from hbi.model.config import LossSettings, ModelConfig
+from hbi.model.config import DecodeSettings, LossSettings, ModelConfig
+
+Task = Literal["retrieval", "qa", "caption"]
+METRICS = {"retrieval": "t2v/R@1", "qa": "qa/accuracy", "caption": "caption/CIDEr"}
+"""Tasks, and the metric that each is judged by."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ class CheckpointSettings:
     """Steps between checkpoints, besides the one after each epoch; 0 is after epochs only."""
     keep: int = 2
     """How many to keep: the best by the metric, and always the latest."""
-    metric: str = "t2v/R@1"
-    """The metric on the evaluation split by which the best is chosen; higher is better."""
+    metric: str = ""
+    """The metric on the evaluation split by which the best is chosen, higher is better; "" is the first task's own:
+    t2v/R@1, qa/accuracy or caption/CIDEr."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,26 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True)
+class HeadSettings:
+    """How the heads for questions and captions are trained."""
+
+    texts_per_clip: int = 4
+    """Most questions or captions of a clip in one step: its frames are encoded once for all of them."""
+    qa_weight: float = 1.0
+    """What the loss of a step on questions is multiplied by."""
+    caption_weight: float = 1.0
+    """What the loss of a step on captions is multiplied by."""
+    smoothing: float = 0.1
+    """Share of a caption's target that goes to all other words evenly."""
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    """How captions are written where they are measured."""
+    samples: int = 20
+    """Answers and captions that are kept in a table beside each measurement."""
+    vocabulary: tuple[str, ...] = ()
+    """The answers, the commonest of the training split first; the run finds them when it begins."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
@@ -175,6 +200,11 @@ class TrainConfig:
     """File with the published estimator's weights, for `loss.target` or `loss.objective` that need it."""
     loss: LossSettings = field(default_factory=LossSettings)
     """The objective and its weights."""
+    task: tuple[Task, ...] = ("retrieval",)
+    """What the steps train, one after another and again from the start: retrieval, qa, caption. Each may stand there
+    several times: `retrieval retrieval qa` gives questions every third step."""
+    heads: HeadSettings = field(default_factory=HeadSettings)
+    """How the heads for questions and captions are trained."""
     data: DataSettings = field(default_factory=DataSettings)
     """Samples and batches."""
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -206,6 +236,31 @@ class TrainConfig:
                 "at most count",
             ),
             ("checkpoint.keep", self.checkpoint.keep, self.checkpoint.keep >= 1, "1 or more"),
+            ("heads.texts-per-clip", self.heads.texts_per_clip, self.heads.texts_per_clip >= 1, "1 or more"),
+            (
+                "heads.smoothing",
+                self.heads.smoothing,
+                0 <= self.heads.smoothing < 1,
+                "at least 0 and below 1",
+            ),
+            (
+                "task",
+                self.task,
+                bool(self.task) and set(self.task) <= set(METRICS),
+                f"some of {', '.join(METRICS)}",
+            ),
+            (
+                "model.answers.head",
+                self.model.answers.head,
+                "qa" not in self.task or self.model.answers.head != "none",
+                "published or open where questions are trained (--set.task qa)",
+            ),
+            (
+                "model.captions.layers",
+                self.model.captions.layers,
+                "caption" not in self.task or self.model.captions.layers >= 1,
+                "1 or more where captions are trained (--set.task caption)",
+            ),
             ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
         ]
         for name, value, holds, rule in rules:
@@ -216,6 +271,11 @@ class TrainConfig:
     def model_flags(self) -> str:
         """Where `hbi train` takes the model's sizes; empty where another model brings them."""
         return "" if self.init_from else "--set.model."
+
+    @property
+    def metric(self) -> str:
+        """By which the best checkpoint is chosen."""
+        return self.checkpoint.metric or METRICS[self.task[0]]
 
     @property
     def protocol(self) -> EvalProtocol:

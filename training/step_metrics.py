@@ -26,7 +26,8 @@ class StepMetrics:
         """Of each shard with samples that this rank could not read: how many, and the first reason."""
         self.unread = self.uncaptioned = 0
         self.sums: Counter[str] = Counter()
-        self.steps = 0
+        self.counted: Counter[str] = Counter()
+        """Steps that had each number: those of a head come with its own steps alone."""
 
     def add(self, step: int, batch: Batch, wait: float, losses: dict[str, Tensor], norm: Tensor) -> None:
         """Adds the ranks' numbers of a step; one collective."""
@@ -39,9 +40,7 @@ class StepMetrics:
             self.damage[shard] = (count + 1, first)
         self.shards[step] = batch.shards
         means = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]) / self.process.world_size
-        counts = torch.tensor(
-            [len(batch.captions), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype
-        )
+        counts = torch.tensor([len(batch.video), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype)
         values = self.process.all_reduce(torch.cat([means, counts.to(means.device)]))
         names = [*losses, "gradient_norm", *COUNTS]
         if values.device.type == "cuda":
@@ -63,13 +62,13 @@ class StepMetrics:
             self.unread += round(numbers["unread"])
             self.uncaptioned += round(numbers["uncaptioned"])
             self.sums.update(numbers)
-            self.steps += 1
+            self.counted.update(numbers.keys())
             self.shards = {s: shards for s, shards in self.shards.items() if s >= step}
             yield step, numbers
 
     def take(self) -> tuple[dict[str, float], float, float]:
         """Mean losses, clips, and seconds of waiting for data since the last call, over all ranks."""
-        sums, steps = self.sums, self.steps
-        self.sums, self.steps = Counter(), 0
-        means = {name: value / steps for name, value in sums.items() if name not in COUNTS}
+        sums, counted = self.sums, self.counted
+        self.sums, self.counted = Counter(), Counter()
+        means = {name: value / counted[name] for name, value in sums.items() if name not in COUNTS}
         return means, sums["clips"], sums["wait_seconds"]

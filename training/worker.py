@@ -1,9 +1,10 @@
 """What each worker of a run does: the loop, then the chosen model measured and put in place."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from hbi.infra.nodes import cores
 from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex
+from hbi.training.answers import TRAINED, trained_on, training_answers
 from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched
+from hbi.training.evaluate.answers import evaluate_answers
+from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.figures import recall_figure, similarity_figure
 from hbi.training.evaluate.retrieval import evaluate
@@ -73,7 +77,7 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
     checkpoints = Checkpoints(
         storage.join(out, "checkpoints"),
         config.checkpoint.keep,
-        f"{_called(config, config.evaluate.select)}/{config.checkpoint.metric}",
+        f"{_called(config, config.evaluate.select)}/{config.metric}",
         process,
     )
     try:
@@ -100,6 +104,9 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
                 hooks.track(metrics, training.progress.step)
             files = (file for file in folder.iterdir() if file.name not in (STATE, TRAINING))
             storage.put_files(files, storage.join(out, MODEL), last=CONFIG)
+            before = trained_on(storage.join(out, INIT), None) if config.init_from else []
+            sources = [*before, {"data": data, "split": config.data.split}]
+            storage.write_bytes(storage.join(out, MODEL, TRAINED), json.dumps(sources, indent=1).encode())
     process.barrier()
     return metrics
 
@@ -111,19 +118,32 @@ def evaluation(
     index, tokenizer = ShardIndex.read(data), tokenizer_of(config, out)
     have = {shard.split for shard in index.shards if shard.samples}
 
+    asked = list(training_answers(index, config.data.split)) if "qa" in config.task else []
+
     def measure(model: HBI, split: str) -> dict[str, float]:
         if split not in have:
             return {}
+        called, metrics = _called(config, split), {}
+        encoder = SplitEncoder(model, tokenizer, index, process, config.protocol)
         try:
-            encoder = SplitEncoder(model, tokenizer, index, process, config.protocol)
-            result = evaluate(encoder, split)
+            for task in dict.fromkeys(config.task):
+                if task == "retrieval":
+                    result = evaluate(encoder, split)
+                    if process.first:
+                        tracker.figure(f"{called}-similarity", similarity_figure(result, called))
+                        tracker.figure(f"{called}-recall", recall_figure(result, called))
+                else:
+                    result = (
+                        evaluate_answers(encoder, split, asked)
+                        if task == "qa"
+                        else evaluate_captions(encoder, split, config.heads.decode)
+                    )
+                    if process.first:
+                        tracker.table(f"{called}-{task}", result.rows[: config.heads.samples])
+                metrics |= result.metrics
         except ValueError as error:  # of the split: the same on all ranks
             raise TrainingAborted(str(error)) from error
-        called = _called(config, split)
-        if process.first:
-            tracker.figure(f"{called}-similarity", similarity_figure(result, called))
-            tracker.figure(f"{called}-recall", recall_figure(result, called))
-        return {name.replace(split, called, 1): value for name, value in result.metrics.items()}
+        return {name.replace(split, called, 1): value for name, value in metrics.items()}
 
     return measure
 
@@ -144,6 +164,8 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
     with Tracker(job.uri, config.tracking.experiment, config.name, spool, run_id, enabled) as tracker:
         if enabled:
             storage.write_bytes(known, str(tracker.run_id).encode())
-            tracker.params(flatten(asdict(config)))
+            # The answers lie in a file of the run, and are too long for a parameter.
+            heads = replace(config.heads, vocabulary=())
+            tracker.params(flatten(asdict(replace(config, heads=heads))))
             tracker.tags(lineage(job.data))
         yield tracker

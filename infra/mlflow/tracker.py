@@ -10,12 +10,13 @@ Whether the server is there is asked first, with a short time limit.
 
 import http.client
 import io
+import json
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,13 @@ class Tracker:
     def figure(self, name: str, figure: "bytes | Figure") -> None:
         """A picture, as PNG bytes or as a matplotlib Figure (drawn by the thread), kept as `figures/<name>.png`."""
         self._put({"kind": "figure", "name": name, "figure": figure})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows with the same columns, kept as `tables/<name>.json` in the form of MLflow's own tables."""
+        columns = list(rows[0]) if rows else []
+        data = [[row[column] for column in columns] for row in rows]
+        content = json.dumps({"columns": columns, "data": data}, ensure_ascii=False).encode()
+        self._put({"kind": "file", "name": f"tables/{name}.json", "content": content})
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """A file or a folder, which must stay where it is until it is sent; `folder` is where it goes."""
@@ -189,6 +197,10 @@ class Tracker:
                 except (TypeError, ValueError, RuntimeError) as error:
                     tell(f"left out {key} of step {event['step']}: {first_line(error)}")
             return event | {"values": numbers}
+        if event["kind"] == "file":
+            place = Path(event["name"])
+            file = self.outbox.keep_file(place.name, event["content"])
+            return {"kind": "artifact", "path": str(file), "folder": str(place.parent)}
         if event["kind"] == "figure":
             figure, place = event["figure"], Path(event["name"] + ".png")
             try:

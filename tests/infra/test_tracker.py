@@ -1,5 +1,6 @@
 """Tracking: nothing waits, nothing is lost, whatever the server does."""
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
             tracker.metrics({"loss": 1.0 / (step + 1), "val/t2v+dsl/R@1": torch.tensor(step)}, step)
         tracker.metrics({"broken": float("nan"), "endless": float("inf")}, 5)
         tracker.figure("val/pair", Figure())
+        tracker.table("val-qa", [{"question": "what moves?", "answer": "a ball"}])
         tracker.artifact(note, "notes")
     run = stores.client(store).get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "one"
@@ -62,6 +64,8 @@ def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
     assert artifacts.is_relative_to(tmp_path / "store" / "artifacts")
     assert (artifacts / "notes" / "note.txt").read_text() == "hello"
     assert (artifacts / "figures" / "val" / "pair.png").read_bytes().startswith(b"\x89PNG")
+    table = {"columns": ["question", "answer"], "data": [["what moves?", "a ball"]]}
+    assert json.loads((artifacts / "tables" / "val-qa.json").read_text()) == table
     assert not list((tmp_path / "outbox").iterdir())
 
 

@@ -26,6 +26,16 @@ FRAMES, SIZE = 4, 16
 COLOURS = ("red", "green", "blue", "grey")
 
 
+def asked(number: int) -> list[dict[str, str]]:
+    """What may be asked of a clip, and the answers."""
+    colour, way = COLOURS[number % 4], ("brighter", "darker")[number // 4 % 2]
+    return [
+        {"question": "what colour is it?", "answer": colour},
+        {"question": "how does it change?", "answer": way},
+        {"question": "is it red?", "answer": "yes" if colour == "red" else "no"},
+    ]
+
+
 def sample(number: int, frames: int = FRAMES, size: int = SIZE, captions: list[str] | None = None) -> Sample:
     """A clip of one colour that gets brighter or darker, with two captions that say so."""
     colour, way = COLOURS[number % 4], ("brighter", "darker")[number // 4 % 2]
@@ -65,13 +75,17 @@ def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def make_shards(folder: Path, frames: int = FRAMES, size: int = SIZE, **splits: list[int]) -> ShardIndex:
-    """A shard folder: `train=[5, 3]` is two shards of five and three clips."""
+def make_shards(
+    folder: Path, frames: int = FRAMES, size: int = SIZE, questions: bool = False, **splits: list[int]
+) -> ShardIndex:
+    """A shard folder: `train=[5, 3]` is two shards of five and three clips; with their questions, if asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0
     for split, counts in splits.items():
         for i, count in enumerate(counts):
             samples = [sample(number + k, frames, size) for k in range(count)]
+            if questions:
+                samples = [replace(made, qa=asked(number + k)) for k, made in enumerate(samples)]
             shards.append(write_shard(folder / f"{split}-{i:06d}.tar", samples))
             number += count
     settings = {"frames": frames, "size": size, "choice": "uniform", "fps": 1.0}

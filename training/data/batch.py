@@ -6,7 +6,8 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from torch.utils.data import Dataset
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.data.order import caption_number
 from hbi.training.data.shards import Entry, ShardCache, scan
-from hbi.training.settings import TrainConfig
+from hbi.training.settings import Task, TrainConfig
 
+Text = tuple[str, int | None]
+"""A caption, or a question with the number of its answer."""
 logger = logging.getLogger(__name__)
 
 
@@ -32,13 +35,19 @@ class Batch:
     video_mask: Bool[Tensor, "batch frames"]
     """True where a frame is present."""
     captions: list[str]
-    """One for each clip."""
+    """The texts: captions, or questions. One for each clip in a step of retrieval, else up to some of each."""
     shards: list[str]
     """The shards that were read, each once."""
     bad: list[tuple[str, str]]
     """(shard, reason) of each sample that could not be read."""
     uncaptioned: int
-    """Clips left out because they have no caption."""
+    """Clips left out because they have no caption, or no question that can be answered."""
+    task: Task = "retrieval"
+    """What the step trains."""
+    video_of_text: list[int] = field(default_factory=list)
+    """Which clip each text belongs to."""
+    answers: list[int] = field(default_factory=list)
+    """Number of each question's answer in the vocabulary."""
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader: page-locked frames travel to the device while it computes."""
@@ -46,7 +55,7 @@ class Batch:
 
 
 class ClipDataset(Dataset):
-    """Reads batches: `clips[epoch, ids, soon]`. Runs in the loader workers; holds nothing until first used."""
+    """Reads batches: `clips[epoch, ids, soon, task]`. Runs in the loader workers; holds nothing until first used."""
 
     def __init__(self, index: ShardIndex, config: TrainConfig, cache: str):
         self.shards = index.of_split(config.data.split)
@@ -54,32 +63,39 @@ class ClipDataset(Dataset):
         self.settings, self.seed = config.data, config.seed
         self.frames, self.size = config.model.frames, config.model.towers.image_size
         self.cache = ShardCache(cache, keep=3 * config.data.shuffle_window)
+        self.texts_per_clip = config.heads.texts_per_clip
+        self.labels = {answer: number for number, answer in enumerate(config.heads.vocabulary)}
         self.opened: OrderedDict[int, tuple[io.FileIO, list[Entry]]] = OrderedDict()
 
-    def __getitem__(self, request: tuple[int, Int[np.ndarray, "_ 2"], list[int]]) -> Batch:
-        epoch, ids, soon = request
+    def __getitem__(self, request: tuple[int, Int[np.ndarray, "_ 2"], list[int], Task]) -> Batch:
+        epoch, ids, soon, task = request
         if soon:
             threading.Thread(target=self._fetch, args=(soon,), daemon=True).start()
-        videos, captions, bad = [], [], []
+        videos, captions, answers, owners, bad = [], [], [], [], []
         for shard, number in ids.tolist():
             try:
-                frames, caption = self.read(shard, number, epoch)
+                frames, texts = self.read(shard, number, epoch, task)
             except Exception as error:  # whatever a damaged file makes a parser raise
                 bad.append((self.shards[shard].name, f"{type(error).__name__}: {error}"))
                 continue
-            if caption is not None:
+            if texts:
+                owners += [len(videos)] * len(texts)
                 videos.append(frames)
-                captions.append(caption)
+                captions += [text for text, _ in texts]
+                answers += [answer for _, answer in texts if answer is not None]
         video = torch.zeros(len(videos), self.frames, self.size, self.size, 3, dtype=torch.uint8)
         mask = torch.zeros(len(videos), self.frames, dtype=torch.bool)
         for i, frames in enumerate(videos):
             video[i, : len(frames)] = torch.from_numpy(frames)
             mask[i, : len(frames)] = True
         names = [self.shards[s].name for s in dict.fromkeys(ids[:, 0].tolist())]
-        return Batch(video, mask, captions, names, bad, len(ids) - len(videos) - len(bad))
+        left_out = len(ids) - len(videos) - len(bad)
+        return Batch(video, mask, captions, names, bad, left_out, task, owners, answers)
 
-    def read(self, shard: int, number: int, epoch: int) -> tuple[UInt8[np.ndarray, "f h w 3"], str | None]:
-        """Frames and the epoch's caption (None without captions, and then no frames are decoded)."""
+    def read(
+        self, shard: int, number: int, epoch: int, task: Task = "retrieval"
+    ) -> tuple[UInt8[np.ndarray, "f h w 3"], list[Text]]:
+        """Frames and the epoch's texts for a task (without any, no frames are decoded)."""
         file, samples = self._open(shard)
         if number >= len(samples):
             raise ValueError(
@@ -92,7 +108,7 @@ class ClipDataset(Dataset):
             return os.pread(file.fileno(), length, offset)
 
         text = json.loads(content("json").decode("utf-8", "surrogateescape"))
-        captions = [caption for caption in text["captions"] if caption.strip()]
+        texts = self._texts(text, task, epoch, key)
         names = sorted(
             (n for n in members if n.endswith((".jpg", ".jpeg"))), key=lambda n: int(n.split(".")[0])
         )
@@ -104,8 +120,8 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"{len(names)} of {len(text['timestamps'])} frames are there: the tar is cut short"
             )
-        if not captions:
-            return np.empty((0, self.size, self.size, 3), np.uint8), None
+        if not texts:
+            return np.empty((0, self.size, self.size, 3), np.uint8), []
         video = np.empty((len(names), self.size, self.size, 3), np.uint8)
         for i, name in enumerate(names):
             image = np.asarray(Image.open(io.BytesIO(content(name))).convert("RGB"))
@@ -114,9 +130,20 @@ class ClipDataset(Dataset):
                     f"a frame of {image.shape[1]}x{image.shape[0]}, expected {self.size}x{self.size}"
                 )
             video[i] = image
-        if self.settings.paragraph:
-            return video, " ".join(captions)
-        return video, captions[caption_number(len(captions), self.seed, epoch, key)]
+        return video, texts
+
+    def _texts(self, clip: dict[str, Any], task: Task, epoch: int, key: str) -> list[Text]:
+        """What a clip shows in an epoch: one caption, or up to some captions to write or questions to answer."""
+        most = 1 if task == "retrieval" else self.texts_per_clip
+        if task == "qa":
+            asked = [(entry["question"], self.labels.get(entry["answer"])) for entry in clip.get("qa", [])]
+            asked = [(question, label) for question, label in asked if label is not None and question.strip()]
+        else:
+            captions = [caption for caption in clip["captions"] if caption.strip()]
+            captions = [" ".join(captions)] if captions and self.settings.paragraph else captions
+            asked = [(caption, None) for caption in captions]
+        turns = range(most * epoch, most * epoch + min(most, len(asked)))
+        return [asked[caption_number(len(asked), self.seed, turn, key)] for turn in turns]
 
     def _open(self, shard: int) -> tuple[io.FileIO, list[Entry]]:
         """The shard's file and members: scanned once, the least recently used closed."""

@@ -16,7 +16,7 @@ from hbi.pipelines.sample import ShardIndex
 from hbi.training.data.batch import Batch, ClipDataset
 from hbi.training.data.order import LoaderState, epoch_order
 from hbi.training.parallel import Process
-from hbi.training.settings import TrainConfig
+from hbi.training.settings import Task, TrainConfig
 
 AHEAD_BATCHES = 16
 """How many batches before its first use a remote shard is fetched."""
@@ -35,7 +35,8 @@ class Loader:
         self.settings, self.seed, self.process = settings, config.seed, process
         self.remote = storage.is_remote(index.folder)
         self.samples = [shard.samples for shard in self.clips.shards]
-        self.plan: list[tuple[int, Any, list[int]]] = []
+        self.plan: list[tuple[int, Any, list[int], Task]] = []
+        self.tasks = config.task
         workers = settings.workers
         # Spawned, not forked: Ray's and s3fs's threads do not survive a fork.
         spawned = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
@@ -54,12 +55,18 @@ class Loader:
         """Steps of a whole epoch, the same for every rank and every number of ranks."""
         return -(-sum(self.samples) // self.settings.batch)
 
-    def batches(self, state: LoaderState) -> Iterator[Batch]:
-        """What is left of the epoch for this rank, every rank the same number of batches."""
+    def batches(self, state: LoaderState, step: int = 0) -> Iterator[Batch]:
+        """What is left of the epoch for this rank, every rank the same number of batches.
+
+        step: of the run, the next one: it says which task's turn it is.
+        """
         order = epoch_order(self.samples, self.seed, state.epoch, self.settings.shuffle_window)
         mine = state.remaining(order, self.process.world_size, self.settings.batch)[self.process.rank]
         soon = self._soon(mine) if self.remote else [[]] * len(mine)
-        self.plan[:] = [(state.epoch, ids, first) for ids, first in zip(mine, soon, strict=True)]
+        self.plan[:] = [
+            (state.epoch, ids, first, self.tasks[(step + turn) % len(self.tasks)])
+            for turn, (ids, first) in enumerate(zip(mine, soon, strict=True))
+        ]
         yield from self.loader
 
     def _soon(self, batches: list[Int[np.ndarray, "_ 2"]]) -> list[list[int]]:

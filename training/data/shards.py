@@ -8,12 +8,12 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from hbi.infra import storage
-from hbi.pipelines.sample import ShardIndex
+from hbi.pipelines.sample import ShardIndex, ShardInfo
 
 logger = logging.getLogger(__name__)
 PART_SECONDS = 6 * 3600
@@ -90,21 +90,32 @@ def index_digest(index: ShardIndex) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def described(index: ShardIndex, split: str) -> Iterator[dict[str, Any]]:
+    """What each sample of a split says of itself, shard by shard; what cannot be read is passed over here."""
+    for shard in index.of_split(split):
+        yield from _described(index, shard)
+
+
+def _described(index: ShardIndex, shard: ShardInfo) -> Iterator[dict[str, Any]]:
+    try:
+        with (
+            storage.open_file(index.path(shard)) as stream,
+            tarfile.open(fileobj=stream, mode="r:") as tar,
+        ):
+            for member in tar:
+                if member.name.endswith(".json") and (content := tar.extractfile(member)) is not None:
+                    yield json.loads(content.read().decode("utf-8", "surrogateescape"))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        logger.debug("%s: %s", shard.name, error)
+
+
 def captions_of(index: ShardIndex, split: str, limit: int = 500_000) -> Iterator[str]:
     """The captions of a split, shard by shard, up to a limit; what cannot be read is passed over here."""
     left = limit
     for shard in index.of_split(split):
-        try:
-            with (
-                storage.open_file(index.path(shard)) as stream,
-                tarfile.open(fileobj=stream, mode="r:") as tar,
-            ):
-                for member in tar:
-                    if member.name.endswith(".json") and (content := tar.extractfile(member)) is not None:
-                        captions = json.loads(content.read().decode("utf-8", "surrogateescape"))["captions"]
-                        yield from captions
-                        left -= len(captions)
-        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
-            logger.debug("%s: %s", shard.name, error)
+        for clip in _described(index, shard):
+            captions = clip.get("captions", [])
+            yield from captions
+            left -= len(captions)
         if left <= 0:
             return

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hbi.infra import storage
@@ -24,6 +24,10 @@ from hbi.training.settings import EvalProtocol
 T = TypeVar("T")
 TEXTS_PER_CLIP = 4
 """Texts are encoded this many times as many at once as clips: they are that much shorter, at least."""
+
+
+class NothingToMeasure(ValueError):
+    """A split that has nothing of the kind that is measured."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ class SplitEncoder:
         captions = [caption for caption in sample.captions if caption.strip()]
         return [" ".join(captions)] if captions and self.protocol.paragraph else captions
 
-    def _videos(self, images: list[UInt8[np.ndarray, "frames h w 3"]]) -> dict[str, Tokens]:
+    def padded(
+        self, images: list[UInt8[np.ndarray, "frames h w 3"]]
+    ) -> tuple[UInt8[Tensor, "clips frames h w 3"], Bool[Tensor, "clips frames"]]:
+        """Clips as one batch with its mask, on the model's device."""
         config, device = self.model.config, self.process.device
         size = config.towers.image_size
         video = np.zeros((len(images), config.frames, size, size, 3), dtype=np.uint8)
@@ -111,8 +118,11 @@ class SplitEncoder:
         for i, frames in enumerate(images):
             video[i, : len(frames)] = frames
             mask[i, : len(frames)] = True
-        mask = mask.to(device)
-        frames = self.model.encode_video(torch.from_numpy(video).to(device), mask)
+        return torch.from_numpy(video).to(device), mask.to(device)
+
+    def _videos(self, images: list[UInt8[np.ndarray, "frames h w 3"]]) -> dict[str, Tokens]:
+        video, mask = self.padded(images)
+        frames = self.model.encode_video(video, mask)
         return self._counting(self.model.video_levels(frames, mask))
 
     def _captions(self, captions: list[str]) -> list[dict[str, Tokens]]:

@@ -5,6 +5,7 @@ texts against all videos, and the first rank counts. No pair is encoded twice, a
 which levels count: the entity level alone, by default.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,10 @@ from hbi.model.hbi import HBI
 from hbi.model.metrics import retrieval_metrics
 from hbi.model.tokens import Tokens
 from hbi.pipelines.sample import ShardIndex
-from hbi.training.evaluate.encode import EncodedSplit, SplitEncoder, level_weights, share
+from hbi.training.answers import training_answers
+from hbi.training.evaluate.answers import HeadResult, evaluate_answers
+from hbi.training.evaluate.captions import evaluate_captions
+from hbi.training.evaluate.encode import EncodedSplit, NothingToMeasure, SplitEncoder, level_weights, share
 from hbi.training.init import ModelSource, load_named
 from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
@@ -74,7 +78,9 @@ def _check(clips: EncodedSplit, index: ShardIndex, split: str, strict: bool) -> 
             f"{index.folder}: {clips.unread} clips of {split} cannot be read ({clips.reasons[0]})"
         )
     if not len(clips.video_of_text):
-        raise ValueError(f"{index.folder}: no clip of split {split!r} has a caption: nothing to retrieve")
+        raise NothingToMeasure(
+            f"{index.folder}: no clip of split {split!r} has a caption: nothing to retrieve"
+        )
 
 
 def similarity(
@@ -121,7 +127,9 @@ def evaluate_named(
     protocol: EvalProtocol | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
-    """`hbi evaluate`: metrics of a model on a split, every clip of which must be readable.
+    """`hbi evaluate`: metrics of what a model can do on a split, every clip of which must be readable.
+
+    That is retrieval, and answers and captions where the model has the heads and the split the questions.
 
     Raises ValueError, in one line, where the model, the shards or the split are not there or do not fit.
     """
@@ -139,4 +147,22 @@ def evaluate_named(
 
         process = Process.current(next(model.parameters()).device)
         encoder = SplitEncoder(model, tokenizer, index, process, protocol or EvalProtocol(), progress)
-        return evaluate(encoder, split, strict=True).metrics
+        metrics: dict[str, float] = {}
+        nothing: list[NothingToMeasure] = []
+        measures: list[Callable[[], EvalResult | HeadResult]] = [
+            lambda: evaluate(encoder, split, strict=True)
+        ]
+        if model.vocabulary:
+            trained = any(shard.split == "train" and shard.samples for shard in index.shards)
+            asked = list(training_answers(index, "train")) if trained else []
+            measures.append(lambda: evaluate_answers(encoder, split, asked, strict=True))
+        if model.captioner is not None:
+            measures.append(lambda: evaluate_captions(encoder, split, strict=True))
+        for measure in measures:
+            try:
+                metrics |= measure().metrics
+            except NothingToMeasure as error:
+                nothing.append(error)
+    if not metrics:
+        raise nothing[0]
+    return metrics

@@ -1,0 +1,402 @@
+"""Questions and captions in the loop: they are learned, resumed to the bit, the same on two ranks, and measured."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hbi.infra.mlflow.tracker import Tracker
+from hbi.model.config import AnswerConfig, CaptionConfig, ReconstructionConfig
+from hbi.model.weights import build_model, load_model
+from hbi.pipelines.sample import ShardIndex
+from hbi.training.answers import TRAINED, refuse_seen_tests, training_answers, with_vocabulary
+from hbi.training.data.batch import Batch
+from hbi.training.data.loader import Loader
+from hbi.training.data.order import LoaderState
+from hbi.training.evaluate.answers import evaluate_answers
+from hbi.training.evaluate.captions import evaluate_captions
+from hbi.training.evaluate.encode import SplitEncoder
+from hbi.training.evaluate.table import table
+from hbi.training.init import init_model, with_init
+from hbi.training.loop import Hooks, TrainingAborted
+from hbi.training.parallel import Process
+from hbi.training.settings import HeadSettings, TrainConfig
+from hbi.training.tasks import HeadTasks
+from hbi.training.tokenizers import tokenizer_of, with_tokenizer
+from hbi.training.worker import evaluation, run
+from tests.support.training_shards import make_shards, tiny_model, tiny_run
+
+TASKS = ("retrieval", "qa", "caption")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks") / "shards"
+    make_shards(folder, train=[9, 7, 8], val=[4], questions=True)
+    return folder
+
+
+def both_heads(**changes: Any) -> TrainConfig:
+    """A tiny run of all three tasks, without dropout, so that ranks and micro-batches draw nothing."""
+    model = tiny_model(
+        reconstruction=ReconstructionConfig("attention"),
+        answers=AnswerConfig("open", 10, dropout=0.0),
+        captions=CaptionConfig(layers=1, words=12, dropout=0.0),
+    )
+    return replace(
+        tiny_run(), **{"model": model, "task": TASKS, "heads": HeadSettings(texts_per_clip=2), **changes}
+    )
+
+
+def resolved(config: TrainConfig, shards: Path, out: Path, log: Callable[[str], None] = print) -> TrainConfig:
+    index = ShardIndex.read(str(shards))
+    return with_vocabulary(with_tokenizer(config, index, str(out)), index, str(out), log)
+
+
+def train(config: TrainConfig, shards: Path, out: Path, **hooks: Any) -> dict[str, float]:
+    hooks = {"log": lambda line: None, **hooks}
+    return run(resolved(config, shards, out), str(shards), str(out), Process.current(), Hooks(**hooks))
+
+
+def measured(config: TrainConfig, shards: Path, out: Path) -> Callable:
+    config = resolved(config, shards, out)
+    tracker = Tracker("", "", "", out, enabled=False)
+    return evaluation(config, str(shards), str(out), Process.current(), tracker)
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- what a step sees -----------------------------------------------------------------------------------------------
+
+
+def test_tasks_take_turns_by_the_number_of_the_step(shards: Path, tmp_path: Path) -> None:
+    config = resolved(both_heads(task=("retrieval", "retrieval", "qa")), shards, tmp_path)
+    loader = Loader(ShardIndex.read(str(shards)), config, Process.current())
+    assert [batch.task for batch in loader.batches(LoaderState())] == ["retrieval", "retrieval", "qa"]
+    assert [batch.task for batch in loader.batches(LoaderState(1), 4)] == ["retrieval", "qa", "retrieval"]
+    done = LoaderState(1, ((1, 8, 2),))
+    assert [batch.task for batch in loader.batches(done, 5)] == ["qa"]
+    loader.close()
+
+
+def test_a_clip_shows_some_questions_and_all_of_them_in_turn(shards: Path, tmp_path: Path) -> None:
+    config = resolved(both_heads(task=("qa",)), shards, tmp_path)
+    loader = Loader(ShardIndex.read(str(shards)), config, Process.current())
+    seen: dict[str, set[str]] = {}
+    for epoch in range(2):
+        for batch in loader.batches(LoaderState(epoch)):
+            assert batch.video_of_text == sorted(batch.video_of_text)
+            assert (
+                len(batch.captions) == len(batch.answers) == len(batch.video_of_text) == 2 * len(batch.video)
+            )
+            for question, answer in zip(batch.captions, batch.answers, strict=True):
+                seen.setdefault(question, set()).add(config.heads.vocabulary[answer])
+    loader.close()
+    assert seen == {
+        "what colour is it?": {"red", "green", "blue", "grey"},
+        "how does it change?": {"brighter", "darker"},
+        "is it red?": {"yes", "no"},
+    }
+
+
+def test_a_question_that_cannot_be_answered_is_left_out_and_counted(shards: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    model = replace(both_heads().model, answers=AnswerConfig("open", 1))
+    config = resolved(both_heads(task=("qa",), model=model), shards, tmp_path, lines.append)
+    assert config.heads.vocabulary == ("no",) and config.model.answers.vocabulary == 1
+    assert lines == [
+        "answers: the 1 commonest of 8; 54 of 72 training questions have another answer and are left out"
+    ]
+    loader = Loader(ShardIndex.read(str(shards)), config, Process.current())
+    batches = list(loader.batches(LoaderState()))
+    loader.close()
+    # Only what is not red has the answer "no".
+    assert (
+        sum(len(batch.video) for batch in batches) == 18 and sum(batch.uncaptioned for batch in batches) == 6
+    )
+    assert (
+        resolved(both_heads(task=("qa",), model=model), shards, tmp_path) == config
+    )  # kept, and not counted anew
+
+
+def test_shards_without_questions_are_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", train=[3])
+    with pytest.raises(ValueError, match=r"no clip of split 'train' has a question"):
+        resolved(both_heads(), tmp_path / "shards", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"task": ("qa",), "model": tiny_model()},
+            "--set.model.answers.head none: must be published or open",
+        ),
+        ({"task": ("caption",), "model": tiny_model()}, "--set.model.captions.layers 0: must be 1 or more"),
+        ({"task": ()}, r"--set.task \(\): must be some of retrieval, qa, caption"),
+        ({"heads": HeadSettings(texts_per_clip=0)}, "--set.heads.texts-per-clip 0: must be 1 or more"),
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        both_heads(**changes)
+
+
+def test_a_task_has_its_own_metric() -> None:
+    assert [both_heads(task=(task,)).metric for task in TASKS] == ["t2v/R@1", "qa/accuracy", "caption/CIDEr"]
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    config: TrainConfig, batch: Batch, out: Path, process: Process
+) -> tuple[dict, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = build_model(config.model).train()
+    wrapped: Any = model
+    if process.world_size > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    tasks = HeadTasks(config, tokenizer_of(config, str(out)), process)
+    from hbi.training.parallel import averaging
+
+    losses = tasks.backward(lambda inputs: wrapped(*inputs), batch, lambda on: averaging(wrapped, on))
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def part(batch: Batch, clips: range) -> Batch:
+    texts = [i for i, owner in enumerate(batch.video_of_text) if owner in clips]
+    return replace(
+        batch,
+        video=batch.video[clips.start : clips.stop],
+        video_mask=batch.video_mask[clips.start : clips.stop],
+        captions=[batch.captions[i] for i in texts],
+        answers=[batch.answers[i] for i in texts] if batch.answers else [],
+        video_of_text=[batch.video_of_text[i] - clips.start for i in texts],
+    )
+
+
+def first_batch(config: TrainConfig, shards: Path) -> Batch:
+    loader = Loader(ShardIndex.read(str(shards)), config, Process.current())
+    batch = next(iter(loader.batches(LoaderState())))
+    loader.close()
+    return batch
+
+
+@pytest.mark.parametrize("task", ["qa", "caption"])
+@pytest.mark.parametrize("pieces", [3, 9])
+def test_micro_batches_change_nothing(task: str, pieces: int, shards: Path, tmp_path: Path) -> None:
+    config = resolved(both_heads(task=(task,)), shards, tmp_path)
+    batch = first_batch(config, shards)
+    losses, whole = gradients(config, batch, tmp_path, Process.current())
+    cut = replace(config, data=replace(config.data, accumulate=pieces))
+    others, in_parts = gradients(cut, batch, tmp_path, Process.current())
+    assert losses.keys() == {"loss", f"{task}/cross_entropy"} == others.keys()
+    assert torch.allclose(losses["loss"], others["loss"], rtol=1e-5)
+    assert whole.keys() == in_parts.keys()
+    assert all(torch.allclose(whole[name], in_parts[name], atol=1e-5) for name in whole)
+
+
+def test_weights_of_the_tasks_scale_the_gradient(shards: Path, tmp_path: Path) -> None:
+    for task in ("qa", "caption"):
+        config = resolved(both_heads(task=(task,)), shards, tmp_path)
+        batch = first_batch(config, shards)
+        heavier = replace(config, heads=replace(config.heads, qa_weight=3.0, caption_weight=3.0))
+        one, three = (gradients(c, batch, tmp_path, Process.current()) for c in (config, heavier))
+        assert torch.allclose(3 * one[0]["loss"], three[0]["loss"])
+        assert torch.equal(one[0][f"{task}/cross_entropy"], three[0][f"{task}/cross_entropy"])
+        assert all(torch.allclose(3 * one[1][name], three[1][name], atol=1e-5) for name in one[1])
+
+
+def _rank(rank: int, config: TrainConfig, batch: Batch, folder: Path, cuts: list[int]) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    process = Process.current()
+    mine = part(batch, range(0, cuts[0]) if rank == 0 else range(cuts[0], cuts[1]))
+    losses, found = gradients(config, mine, folder, process)
+    mean = process.all_reduce(losses["loss"].clone()) / 2
+    if rank == 0:
+        torch.save({"loss": mean, "gradients": found}, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("task", "cut"), [("qa", 3), ("caption", 5), ("caption", 0)])
+def test_two_ranks_are_one_process(task: str, cut: int, shards: Path, tmp_path: Path) -> None:
+    """With unequal parts, and with a rank that has nothing."""
+    config = resolved(both_heads(task=(task,)), shards, tmp_path)
+    batch = first_batch(config, shards)
+    losses, alone = gradients(config, batch, tmp_path, Process.current())
+    mp.spawn(_rank, (config, batch, tmp_path, [cut, len(batch.video)]), 2)  # type: ignore[attr-defined]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert torch.allclose(found["loss"], losses["loss"], rtol=1e-5)
+    assert found["gradients"].keys() == alone.keys()
+    for name, gradient in alone.items():
+        assert torch.allclose(found["gradients"][name], gradient, atol=1e-5), name
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_all_tasks_are_learned_measured_and_chosen_by(shards: Path, tmp_path: Path) -> None:
+    config = both_heads()
+    config = replace(
+        config, optim=replace(config.optim, epochs=30), checkpoint=replace(config.checkpoint, every_steps=0)
+    )
+    tracked: dict[str, list[float]] = {}
+
+    def track(metrics: dict, step: int) -> None:
+        for name, value in metrics.items():
+            tracked.setdefault(name, []).append(value)
+
+    evaluate = measured(config, shards, tmp_path / "out")
+    metrics = train(config, shards, tmp_path / "out", track=track, evaluate=evaluate)
+    for name in ("train/qa/cross_entropy", "train/caption/cross_entropy"):
+        assert len(tracked[name]) == 30 and tracked[name][-1] < 0.8 * tracked[name][0], name
+    assert metrics["val/qa/accuracy"] > metrics["val/qa/baseline_by_type"]
+    assert metrics["val/qa/questions"] == 12 and 0 <= metrics["val/caption/CIDEr"] <= 10
+    assert {"val/t2v/R@1", "val/caption/BLEU@4", "val/qa/accuracy_in_vocabulary"} <= metrics.keys()
+    shown = table(metrics, "val")
+    assert "val: 12 questions" in shown and "val: 4 captions" in shown and "t2v by chance" in shown
+    model = load_model(tmp_path / "out" / "model")
+    assert model.vocabulary[0] == "no" and len(model.vocabulary) == 8 == model.config.answers.vocabulary
+    assert json.loads((tmp_path / "out" / "model" / TRAINED).read_text()) == [
+        {"data": str(shards), "split": "train"}
+    ]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_broken_off_run_ends_with_the_weights_of_an_unbroken_one(
+    step: int, shards: Path, tmp_path: Path
+) -> None:
+    """With dropout, whose random numbers go on where they were."""
+    model = both_heads().model
+    model = replace(
+        model, answers=replace(model.answers, dropout=0.3), captions=replace(model.captions, dropout=0.3)
+    )
+    config = both_heads(model=model)
+    train(config, shards, tmp_path / "unbroken")
+
+    def track(metrics: dict, at: int) -> None:
+        if at == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, shards, tmp_path / "broken", track=track)
+    train(config, shards, tmp_path / "broken")
+    assert same(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
+
+
+def test_another_order_of_tasks_is_another_run(shards: Path, tmp_path: Path) -> None:
+    train(both_heads(), shards, tmp_path)
+    (tmp_path / "result.json").unlink(missing_ok=True)
+    with pytest.raises(TrainingAborted, match="holds another run"):
+        train(both_heads(task=("retrieval", "caption", "qa")), shards, tmp_path)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_and_captions_one_by_one(shards: Path, tmp_path: Path) -> None:
+    """The measured answers are those that the model gives to each question alone; so are the captions."""
+    from hbi.model.config import DecodeSettings
+    from hbi.model.tokenizer import caption_marks, detokenize, tokenize
+    from hbi.training.evaluate.encode import readable
+
+    config = resolved(both_heads(), shards, tmp_path)
+    torch.manual_seed(1)
+    model = build_model(config.model).eval()
+    model.vocabulary = config.heads.vocabulary
+    tokenizer = tokenizer_of(config, str(tmp_path))
+    index = ShardIndex.read(str(shards))
+    encoder = SplitEncoder(model, tokenizer, index, Process.current())
+    asked = list(training_answers(index, "train"))
+    assert len(asked) == 72 and ("what", "red") in asked
+    answers = evaluate_answers(encoder, "val", asked)
+    captions = evaluate_captions(encoder, "val")
+    expected_answers, expected_captions = [], []
+    candidates = tokenize(tokenizer, model.vocabulary, 12)
+    with torch.no_grad():
+        for clip, images in readable(index, "val", range(4), model.config.frames, []):
+            video, mask = torch.from_numpy(images)[None], torch.ones(1, len(images), dtype=torch.bool)
+            frames = model.encode_video(video, mask)
+            for entry in clip.qa:
+                ids, words = tokenize(tokenizer, [entry["question"]], 12)
+                best = int(model.answer_logits(ids, words, frames, mask, candidates).argmax())
+                expected_answers.append(model.vocabulary[best])
+            written = model.write_captions(frames, mask, caption_marks(tokenizer), DecodeSettings())
+            expected_captions += detokenize(tokenizer, written)
+    assert [row["answer"] for row in answers.rows] == expected_answers
+    assert [row["caption"] for row in captions.rows] == expected_captions
+    right = sum(row["answer"] == row["truth"] for row in answers.rows)
+    assert answers.metrics["val/qa/accuracy"] == pytest.approx(100 * right / 12)
+
+
+def test_nothing_to_measure_is_one_line(tmp_path: Path) -> None:
+    index = make_shards(tmp_path / "shards", train=[2])
+    config = both_heads(heads=HeadSettings(vocabulary=("yes", "no")))
+    config = with_tokenizer(config, index, str(tmp_path))
+    model = build_model(config.model)
+    model.vocabulary = ("yes", "no")
+    encoder = SplitEncoder(model, tokenizer_of(config, str(tmp_path)), index, Process.current())
+    with pytest.raises(ValueError, match="no clip of split 'train' has a question: nothing to answer"):
+        evaluate_answers(encoder, "train")
+    bare = SplitEncoder(build_model(tiny_model()), encoder.tokenizer, index, Process.current())
+    with pytest.raises(ValueError, match="this model answers no questions"):
+        evaluate_answers(bare, "train")
+    with pytest.raises(ValueError, match="this model writes no captions"):
+        evaluate_captions(bare, "train")
+
+
+# --- a model to begin with ------------------------------------------------------------------------------------------
+
+
+def test_heads_are_added_to_the_model_that_a_run_begins_from(shards: Path, tmp_path: Path) -> None:
+    train(tiny_run(), shards, tmp_path / "first")
+    config = both_heads(init_from=str(tmp_path / "first" / "model"))
+    config = with_init(config, str(tmp_path / "second"), None)
+    assert config.model.answers.head == "open" and config.model.captions.layers == 1
+    model = init_model(config.model, str(tmp_path / "second" / "start"))
+    begun = weights(tmp_path / "first")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in begun.items())
+    added = {name.split(".")[0] for name in state.keys() - begun.keys()}
+    assert added == {"reconstruction", "answerer", "captioner"}
+
+
+def test_a_start_that_has_seen_the_test_s_clips_is_refused_with_their_number(
+    shards: Path, tmp_path: Path
+) -> None:
+    train(tiny_run(), shards, tmp_path / "first")
+    start = str(tmp_path / "first" / "model")
+    config = both_heads(init_from=start)
+    lines: list[str] = []
+    # Clips 0 to 23 were in training; this test has 20 to 24.
+    overlapping = make_shards(tmp_path / "other", train=[20], test=[5], questions=True)
+    with pytest.raises(
+        ValueError, match=r"it was trained on 4 of the 5 clips of the test split \(clip-20, for one\)"
+    ):
+        refuse_seen_tests(config, overlapping, None, lines.append)
+    apart = make_shards(tmp_path / "apart", train=[24], test=[5], questions=True)
+    refuse_seen_tests(config, apart, None, lines.append)
+    refuse_seen_tests(replace(config, task=("retrieval",)), overlapping, None, lines.append)
+    assert not lines
+    (tmp_path / "first" / "model" / TRAINED).unlink()
+    refuse_seen_tests(config, overlapping, None, lines.append)
+    assert "which clips it was trained on is not known" in lines[0]
