@@ -4,7 +4,8 @@ What a decoder may do to a process (hang, crash, eat memory) is contained by `De
 `hbi.pipelines.decoding.decoder`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ import numpy as np
 
 from hbi.model.frames import FrameSettings, sample_indices
 from hbi.pipelines.decoding import decord, pyav
-from hbi.pipelines.decoding.container import DecodeError, failed, opened, stated_rate, video_file
+from hbi.pipelines.decoding.container import DecodeError, failed, stated_rate
+from hbi.pipelines.decoding.film import Film
 from hbi.pipelines.decoding.picture import Picture
-from hbi.pipelines.decoding.timeline import Timeline, read_timeline
+from hbi.pipelines.decoding.timeline import Timeline
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -72,7 +74,7 @@ class VideoInfo:
 
 
 def decode_clip(
-    data: bytes | Path | str,
+    data: bytes | Path | str | Film,
     settings: FrameSettings,
     start: float | None = None,
     end: float | None = None,
@@ -81,29 +83,25 @@ def decode_clip(
 ) -> Clip:
     """The chosen frames of start <= time < end (seconds), in this process; DecodeError with the reason.
 
-    data: the file's bytes, or its path. decoders: which may be used, in order of preference; decord is used only
-    where its answer is PyAV's. `trying` is told the decoder before each attempt. A file can hang or kill the process:
-    `Decoder` contains that.
+    data: the file's bytes, its path, or a film that is open. decoders: which may be used, in order of preference;
+    decord is used only where its answer is PyAV's. `trying` is told the decoder before each attempt. A file can hang
+    or kill the process: `Decoder` contains that.
     """
     import av
 
     if start is not None and end is not None and not start < end:
         raise DecodeError(f"the clip ends ({end:g} s) before it starts ({start:g} s)")
-    with video_file(data) as source, opened(source) as (container, stream):
-        timeline = read_timeline(container, stream, source)
+    with film_of(data) as film:
+        stream, timeline = film.stream, film.timeline
         error: DecodeError | None = None
         for name in dict.fromkeys((*decoders, "pyav") if "decord" in decoders else decoders):
-            if name == "decord" and not decord.is_right(source, container, stream, timeline):
+            if name == "decord" and not decord.is_right(film):
                 continue
             trying(name)
             wanted = Wanted(settings, start, end)
             picture = Picture.of_stream(settings.size, stream)
             try:
-                if name == "decord":
-                    assert timeline is not None
-                    found = decord.chosen_frames(source, stream, timeline, wanted, picture)
-                else:
-                    found = pyav.chosen_frames(source, stream, timeline, wanted, picture)
+                found = (decord if name == "decord" else pyav).chosen_frames(film, wanted, picture)
             except DecodeError as reason:
                 error = reason
             except (av.FFmpegError, OSError) as reason:
@@ -127,6 +125,19 @@ def decode_clip(
                 )
         assert error is not None
         raise error
+
+
+@contextmanager
+def film_of(data: bytes | Path | str | Film) -> Iterator[Film]:
+    """A film, opened and closed here unless it is open."""
+    if isinstance(data, Film):
+        yield data
+        return
+    film = Film(data)
+    try:
+        yield film
+    finally:
+        film.close()
 
 
 class Wanted:
@@ -156,11 +167,11 @@ class Wanted:
 
 def probe(data: bytes | Path | str) -> VideoInfo:
     """What a video is; DecodeError with the reason. Nothing is decoded unless its packets carry no times."""
-    with video_file(data) as source, opened(source) as (container, stream):
-        timeline = read_timeline(container, stream, source)
-        times = timeline.times if timeline is not None else pyav.decoded_times(source, timeline)[0]
-        fps, duration = rate_and_length(stream, times, timeline)
-        context = stream.codec_context
+    with film_of(data) as film:
+        timeline = film.timeline
+        times = timeline.times if timeline is not None else pyav.decoded_times(film)[0]
+        fps, duration = rate_and_length(film.stream, times, timeline)
+        context = film.stream.codec_context
         return VideoInfo(round(duration, 6), round(fps, 6), context.width, context.height)
 
 

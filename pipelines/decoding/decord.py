@@ -11,29 +11,25 @@ done: one stream, in a codec and container whose seeks are right, each packet a 
 
 import io
 import os
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from hbi.pipelines.decoding.colour import BT601, GAMUTS, LIMITED, TRANSFERS, matrix_of, range_of
-from hbi.pipelines.decoding.container import DecodeError, failed
+from hbi.pipelines.decoding.container import DecodeError, failed, video_file
+from hbi.pipelines.decoding.film import Film
 from hbi.pipelines.decoding.picture import Picture, display_turn
 from hbi.pipelines.decoding.pyav import Choose, decoded
-from hbi.pipelines.decoding.timeline import KEPT_PACKETS_BYTES, Timeline
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
+from hbi.pipelines.decoding.timeline import KEPT_PACKETS_BYTES
 
 FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 CODECS = {"h264", "vp8", "vp9", "mpeg4", "h263", "mjpeg"}
 UPRIGHT = (1, 0, 0, 1)
 
 
-def is_right(
-    source: BinaryIO, container: "InputContainer", stream: "VideoStream", timeline: Timeline | None
-) -> bool:
+def is_right(film: Film) -> bool:
     """Whether decord's frames are those of PyAV for this file."""
+    container, stream, timeline = film.container, film.stream, film.timeline
     if (
         timeline is None
         or not timeline.exact
@@ -47,7 +43,7 @@ def is_right(
         or (stream.sample_aspect_ratio or 1) != 1
     ):
         return False
-    _, first = next(decoded(source, timeline), (None, None))
+    _, first = next(decoded(film), (None, None))
     return (
         first is not None
         and first.format.name == "yuv420p"
@@ -60,34 +56,34 @@ def is_right(
     )
 
 
-def chosen_frames(
-    source: BinaryIO, stream: "VideoStream", timeline: Timeline, choose: Choose, picture: Picture
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def chosen_frames(film: Film, choose: Choose, picture: Picture) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """As `hbi.pipelines.decoding.pyav.chosen_frames`; DecodeError also where decord is seen to be wrong."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
+    stream, timeline = film.stream, film.timeline
+    assert timeline is not None
     times = timeline.times
     chosen = choose(times)
     last = None
     shape = (stream.codec_context.height, stream.codec_context.width, 3)
     try:
-        source.seek(0)
-        # VP9 fails after a few frames with other numbers of threads; one process per core needs no more than one.
-        reader = decord.VideoReader(_to_open(source), ctx=decord.cpu(0), num_threads=1)
-        if len(reader) != len(times):
-            raise DecodeError(f"decord counts {len(reader)} frames, the file has {len(times)}")
-        for index in chosen.tolist():
-            image = reader[index].asnumpy()
-            if last is not None and np.array_equal(image, last):
-                # Where decord runs out of frames it repeats the last one in silence. Or the picture stands still:
-                # the second decoder knows.
-                raise DecodeError("decord gave the same frame twice")
-            if image.shape != shape:  # as it does for 1, 2, 16, 48, 72 wide
-                raise DecodeError(f"decord gave a frame of shape {image.shape}")
-            last = image
-            picture.add_image(image, UPRIGHT, 1.0, [])
-        reader.seek(0)  # else its threads decode ahead into memory
+        with video_file(film.data) as source:
+            # VP9 fails after a few frames with other numbers of threads; one process per core needs no more than one.
+            reader = decord.VideoReader(_to_open(source), ctx=decord.cpu(0), num_threads=1)
+            if len(reader) != len(times):
+                raise DecodeError(f"decord counts {len(reader)} frames, the file has {len(times)}")
+            for index in chosen.tolist():
+                image = reader[index].asnumpy()
+                if last is not None and np.array_equal(image, last):
+                    # Where decord runs out of frames it repeats the last one in silence. Or the picture stands still:
+                    # the second decoder knows.
+                    raise DecodeError("decord gave the same frame twice")
+                if image.shape != shape:  # as it does for 1, 2, 16, 48, 72 wide
+                    raise DecodeError(f"decord gave a frame of shape {image.shape}")
+                last = image
+                picture.add_image(image, UPRIGHT, 1.0, [])
+            reader.seek(0)  # else its threads decode ahead into memory
     except (decord.DECORDError, RuntimeError, ValueError, OSError, IndexError) as error:
         raise failed(error) from error
     return times, chosen, []

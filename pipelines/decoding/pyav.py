@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hbi.pipelines.decoding.container import DecodeError, demuxed, failed, opened, stated_rate
+from hbi.pipelines.decoding.container import DecodeError, demuxed, failed, stated_rate
+from hbi.pipelines.decoding.film import Film
 from hbi.pipelines.decoding.picture import Picture
-from hbi.pipelines.decoding.timeline import Timeline, ranked_packets
 
 if TYPE_CHECKING:
-    from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -20,24 +19,23 @@ Choose = Callable[[np.ndarray], np.ndarray]
 """Times of all frames, seconds, to the indices of those that are wanted, increasing."""
 
 
-def chosen_frames(
-    source: BinaryIO, stream: "VideoStream", timeline: Timeline | None, choose: Choose, picture: Picture
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def chosen_frames(film: Film, choose: Choose, picture: Picture) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Puts the chosen frames into `picture`; the times of all frames, the chosen ones, and what was done about time.
 
     DecodeError where nothing decodes, and whatever `choose` raises.
     """
+    timeline = film.timeline
     if timeline is not None and timeline.exact:
         chosen = choose(timeline.times)
-        if pick(stream, timeline, ranked_packets(source, timeline), chosen.tolist(), picture.add):
+        if pick(film, chosen.tolist(), picture.add):
             return timeline.times, chosen, list(timeline.notes)
         picture.frames.clear()
     # Not every packet became a frame (hidden ones, damage), or the packets say nothing of time: decode all of it
     # to learn which frames there are, then once more to keep the chosen ones.
-    times, notes = decoded_times(source, timeline)
+    times, notes = decoded_times(film)
     chosen = choose(times)
     left = set(chosen.tolist())
-    for index, (_, frame) in enumerate(decoded(source, timeline)):
+    for index, (_, frame) in enumerate(decoded(film)):
         if index in left:
             picture.add(frame)
             left.discard(index)
@@ -46,20 +44,15 @@ def chosen_frames(
     return times, chosen, notes
 
 
-def pick(
-    stream: "VideoStream",
-    timeline: Timeline,
-    packets: "Iterator[Packet]",
-    wanted: list[int],
-    take: "Callable[[VideoFrame], None]",
-) -> bool:
+def pick(film: Film, wanted: list[int], take: "Callable[[VideoFrame], None]") -> bool:
     """Hands the wanted frames (increasing) to `take`; False if one of them does not appear.
 
-    packets: those of `timeline.ranks`. Decodes forward from the last keyframe shown at or before each wanted frame,
-    leaping over what nobody needs.
+    Decodes forward from the last keyframe shown at or before each wanted frame, leaping over what nobody needs.
     """
     import av
 
+    timeline = film.timeline
+    assert timeline is not None
     keys = np.flatnonzero(timeline.keys & (timeline.ranks >= 0))
     if not len(keys):
         return False
@@ -69,17 +62,17 @@ def pick(
     for rank in wanted:
         before = keys[timeline.ranks[keys] <= rank]
         begins.append(int(before[-1]) if len(before) else int(keys[0]))
-    context = one_thread(stream)
+    context = one_thread(film.stream)
     left, needed = list(wanted), set(wanted)
-    done = 0  # so many packets are decoded or leapt over
-    for position, packet in enumerate(chain(packets, [None])):
+    position, packets = -1, iter(())
+    while True:
         begin = begins[len(wanted) - len(left)]
+        if begin > position or position < 0:
+            context.flush_buffers()
+            position, packets = begin, film.packets(begin)
+        packet = next(packets, None)
         if packet is not None:
-            if position < begin:
-                continue
-            if position > done:
-                context.flush_buffers()
-            done = position + 1
+            position += 1
             # Frames that no other refers to are decoded only if they are wanted.
             context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
         try:
@@ -96,26 +89,31 @@ def pick(
             left.pop(0)
             if not left:
                 return True
-    return False
+        if packet is None:
+            return False
 
 
 def one_thread(stream: "VideoStream") -> "VideoCodecContext":
     """The stream's decoder, told to use one thread: there is a process for every core."""
     context = stream.codec_context
-    context.thread_type = "NONE"
-    context.thread_count = 1
+    if not context.is_open:
+        context.thread_type = "NONE"
+        context.thread_count = 1
     return context
 
 
-def decoded(source: BinaryIO, timeline: Timeline | None) -> "Iterator[tuple[int | None, VideoFrame]]":
+def decoded(film: Film) -> "Iterator[tuple[int | None, VideoFrame]]":
     """Every frame that decodes, in order of presentation, with its rank in the timeline where packets say it."""
     import av
 
-    with opened(source) as (container, stream):
+    timeline = film.timeline
+    told = timeline is not None and timeline.ordered
+    with film.again() as (container, stream):
         context = one_thread(stream)
-        told = timeline is not None and timeline.ordered
-        packets = ranked_packets(source, timeline) if told else demuxed(container, stream)
-        for packet in chain(packets, [None]):
+        packets = film.packets(0) if told and timeline.packets is not None else demuxed(container, stream)
+        for position, packet in enumerate(chain(packets, [None])):
+            if told and packet is not None and position < len(timeline.ranks):
+                packet.pts = int(timeline.ranks[position])
             try:
                 frames = context.decode(packet)
             except av.EOFError:
@@ -130,9 +128,10 @@ def decoded(source: BinaryIO, timeline: Timeline | None) -> "Iterator[tuple[int 
                     yield frame.pts if told else None, frame
 
 
-def decoded_times(source: BinaryIO, timeline: Timeline | None) -> tuple[np.ndarray, list[str]]:
+def decoded_times(film: Film) -> tuple[np.ndarray, list[str]]:
     """Presentation times in seconds of every frame that decodes, increasing, and where they are from."""
-    ranks = [rank for rank, _ in decoded(source, timeline)]
+    timeline = film.timeline
+    ranks = [rank for rank, _ in decoded(film)]
     if not ranks:
         raise DecodeError(
             "no frame of it can be decoded: the video data are damaged, encrypted or incomplete"
@@ -143,8 +142,7 @@ def decoded_times(source: BinaryIO, timeline: Timeline | None) -> tuple[np.ndarr
         shown = np.array(ranks)
         if (np.diff(shown) > 0).all():
             return timeline.times[shown], list(timeline.notes)
-    with opened(source) as (_, stream):
-        rate = stated_rate(stream) or 25.0
+    rate = stated_rate(film.stream) or 25.0
     return np.arange(len(ranks)) / rate, [
         f"counted at {rate:g} frames per second: no times in the file are true"
     ]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hbi.pipelines.decoding.container import check_size, opened, stated_rate, video_file
+from hbi.pipelines.decoding.clip import film_of
+from hbi.pipelines.decoding.container import check_size, stated_rate
 from hbi.pipelines.decoding.pyav import decoded
-from hbi.pipelines.decoding.timeline import read_timeline
 
 
 def find_cuts(
@@ -33,11 +33,9 @@ def find_cuts(
 
 def small_frames(data: bytes | Path | str, side: int) -> Iterator[tuple[float, np.ndarray]]:
     """Every frame of a video with its time in seconds, uint8 BGR, the long side at most `side`: to find shots in."""
-    with video_file(data) as source:
-        with opened(source) as (container, stream):
-            timeline = read_timeline(container, stream, source)
-            rate = stated_rate(stream) or 25.0
-        for index, (rank, frame) in enumerate(decoded(source, timeline)):
+    with film_of(data) as film:
+        timeline, rate = film.timeline, stated_rate(film.stream) or 25.0
+        for index, (rank, frame) in enumerate(decoded(film)):
             place = index if rank is None else rank
             known = timeline is not None and place < len(timeline.times)
             time = float(timeline.times[place]) if timeline is not None and known else index / rate

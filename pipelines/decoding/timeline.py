@@ -9,7 +9,6 @@ Each packet is given the number of its frame in the order of presentation as its
 that a frame is told from all others whatever the file says.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from hbi.pipelines.decoding.container import RATES, DecodeError, demuxed, opened
+from hbi.pipelines.decoding.container import RATES, DecodeError, demuxed
 from hbi.pipelines.decoding.filetype import is_truncated
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 LONGEST_SECONDS = 10 * 24 * 3600
 """A file that claims to be longer has times that mean nothing."""
 KEPT_PACKETS_BYTES = 64 << 20
-"""Up to so many compressed bytes are kept between the two passes over a file; beyond, it is read twice."""
+"""Up to so many compressed bytes are kept between the passes over a file; beyond, they are read again."""
 CLOCKS = ("mpegts", "mpeg")
 """Formats whose clock starts anywhere, and may jump."""
 ELEMENTARY = ("h264", "hevc", "vvc", "mjpeg", "m4v", "mpegvideo", "h263", "h261", "vc1", "cavsvideo", "dirac")
@@ -54,6 +53,10 @@ class Timeline:
     """Which frame each packet of the file becomes, NOT_SHOWN for those that are not shown, int64 [packets]."""
     keys: np.ndarray
     """Whether each packet is a keyframe, bool [packets]."""
+    stamps: np.ndarray
+    """The packets' presentation time stamps as the file has them, in units of its time base, nan for none [packets]."""
+    decoded: np.ndarray
+    """Their decoding time stamps, likewise [packets]."""
     tail: float
     """How long the last frame is shown, in seconds; 0 if nobody says."""
     length: float
@@ -160,7 +163,18 @@ def _of_order(read: Packets, base: float) -> Timeline | None:
     notes = ("reordered AVI: times in the order of decoding",)
     keys = np.array(read.keys)
     return Timeline(
-        times, ranks, keys, gap, 0.0, False, ordered=False, exact=False, notes=notes, packets=read.kept
+        times,
+        ranks,
+        keys,
+        np.array(read.pts),
+        stamps,
+        gap,
+        0.0,
+        False,
+        ordered=False,
+        exact=False,
+        notes=notes,
+        packets=read.kept,
     )
 
 
@@ -211,6 +225,8 @@ def _of_stamps(read: Packets, base: float, container: "InputContainer") -> Timel
         times,
         ranks,
         np.array(read.keys),
+        np.array(read.pts),
+        np.array(read.dts),
         float(durations[order[-1]]),
         0.0,
         False,
@@ -309,15 +325,3 @@ def is_idr(packet: "Packet", extradata: bytes | None) -> bool:
             return True
         place += prefix + int.from_bytes(data[place : place + prefix])
     return False
-
-
-def ranked_packets(source: BinaryIO, timeline: Timeline) -> "Iterator[Packet]":
-    """The packets of a video's stream, their time stamps the ranks of their frames."""
-    if timeline.packets is not None:
-        yield from timeline.packets
-        return
-    with opened(source) as (container, stream):
-        for packet, rank in zip(demuxed(container, stream), timeline.ranks.tolist(), strict=False):
-            if timeline.ordered:
-                packet.pts = rank
-            yield packet

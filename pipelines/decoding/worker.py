@@ -22,6 +22,7 @@ import numpy as np
 from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.clip import decode_clip, probe
 from hbi.pipelines.decoding.container import DecodeError
+from hbi.pipelines.decoding.film import LastFilm
 from hbi.pipelines.decoding.shots import find_cuts, small_frames
 
 HEADER = struct.Struct("<IQ")
@@ -47,6 +48,7 @@ def serve() -> None:
     import av
 
     av.logging.set_level(None)
+    films = LastFilm()
     _limit(memory)
     _send(replies, {"ready": True})
     while header := requests.read(HEADER.size):
@@ -54,7 +56,7 @@ def serve() -> None:
         request = json.loads(requests.read(text))
         payload = requests.read(body)
         try:
-            reply, blobs = _answer(request, payload, lambda name: _send(replies, {"trying": name}))
+            reply, blobs = _answer(request, payload, films, lambda name: _send(replies, {"trying": name}))
             _send(replies, reply | {"lengths": [len(blob) for blob in blobs]}, b"".join(blobs))
         except DecodeError as error:
             _send(replies, {"error": str(error)})
@@ -68,7 +70,7 @@ def serve() -> None:
 
 
 def _answer(
-    request: dict[str, Any], payload: bytes, trying: Callable[[str], None]
+    request: dict[str, Any], payload: bytes, films: LastFilm, trying: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[bytes]]:
     data = payload if request["path"] is None else request["path"]
     if request["task"] == "probe":
@@ -78,7 +80,10 @@ def _answer(
             "cuts": find_cuts(small_frames(data, CUT_SIDE), request["threshold"], request["min_seconds"])
         }, []
     settings = FrameSettings(**request["settings"])
-    clip = decode_clip(data, settings, request["start"], request["end"], tuple(request["decoders"]), trying)
+    with films.of(data) as film:
+        clip = decode_clip(
+            film, settings, request["start"], request["end"], tuple(request["decoders"]), trying
+        )
     if request["quality"] is None:
         blobs = [frame.tobytes() for frame in clip.frames]
     else:
