@@ -105,9 +105,11 @@ def _make_all(
 
 @contextmanager
 def _in_words(out: str) -> Iterator[None]:
-    """Inside, what the disk or the storage refuses is one line."""
+    """Inside, what the disk or the storage refuses is one line: a ValueError where the user can mend it."""
     try:
         yield
+    except (FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"{out}: {error}: look at the names, and at the credentials") from error
     except OSError as error:
         full = f"no space left ({error.strerror}): free some and run again; finished shards stay"
         reason = full if error.errno in OUT_IS_FULL else f"{type(error).__name__}: {error}"

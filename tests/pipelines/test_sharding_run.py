@@ -118,7 +118,7 @@ def test_what_storage_refuses_is_one_line(tmp_path: Path):
     manifest = write_clips(tmp_path / "in", 2)
     with object_storage(tmp_path / "s3") as remote, pytest.MonkeyPatch.context() as patch:
         remote.use(patch)
-        with pytest.raises(ShardError, match=r"^s3://no-bucket/out: [^\n]*bucket"):
+        with pytest.raises(ValueError, match=r"^s3://no-bucket/out: [^\n]*bucket"):
             run.shard(manifest, "s3://no-bucket/out", SETTINGS)
         with pytest.raises(ValueError, match=r"^s3://corpus/none\.jsonl: no such manifest[^\n]*$"):
             run.shard(remote.uri("none.jsonl"), str(tmp_path / "out"), SETTINGS)
