@@ -325,26 +325,27 @@ def put_files(files: Iterable[Path], folder: str, last: str, move: bool = False)
         put_file(str(file), join(folder, file.name), move)
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Writes a file, whole or not at all; folders are made on the way."""
+def write_bytes(path: str, data: bytes, durable: bool = True) -> None:
+    """Writes a file, whole or not at all; folders are made on the way. durable: a local one survives a power cut."""
     if is_remote(path):
         remote = filesystem(path)
         _persist(path, lambda: remote.pipe_file(_key(path), data))
         return
     target = Path(absolute(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _replace(target, lambda stream: stream.write(data))
+    _replace(target, lambda stream: stream.write(data), durable)
 
 
-def _replace(target: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Fills a neighbour of `target`, then renames it: no reader ever sees half a file, not even after a power cut."""
+def _replace(target: Path, write: Callable[[IO[bytes]], Any], durable: bool = True) -> None:
+    """Fills a neighbour of `target`, then renames it: no reader sees half a file, not even after a power cut."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as stream:
             os.fchmod(stream.fileno(), 0o644)
             write(stream)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         Path(name).replace(target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
