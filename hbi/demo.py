@@ -4,31 +4,33 @@ Every stage resumes by itself: the corpus and the shards redo only what is missi
 checkpoint, and a demo that ended is only shown again. Other settings in the same folder start clean.
 """
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hbi.answers import Clips, ask, count_verdicts, example_lines, verdict_table
 from hbi.commands.corpora import Corpus
 from hbi.commands.search import BuildIndex
 from hbi.commands.training import Train
+from hbi.pipelines.corpus.truth import Verdict
 
-QUESTIONS = (
-    "the red square moves left",
-    "the blue star grows then the yellow circle moves down",
-    "first a green cross spins and after that a green cross goes away",
-)
-DEFAULT_CLIPS = 2000
+FORMAT = 2
+"""Of a demo folder: another version's is not resumed."""
+DEFAULT_CLIPS = 8000
 """With fewer there is too little to learn from to ask for a score."""
+LEAST_RECALL = 45.0
+"""Text-to-video R@1 on the test split, in percent, under which something is wrong."""
 MODEL = "models:/hbi@champion"
 
 
@@ -39,7 +41,7 @@ class DemoSettings:
     out: str = "demo-out"
     """Folder for everything that the demo makes."""
     clips: int = DEFAULT_CLIPS
-    """How many clips to make; a tenth of them is the test."""
+    """How many clips to make; a tenth of them is the test, 200 at most."""
     seed: int = 0
     """Of the corpus and of the training."""
     serve: bool = False
@@ -47,7 +49,7 @@ class DemoSettings:
     fresh: bool = False
     """Start clean even where an earlier demo could be resumed."""
     port: int = 8000
-    """Of the search page; the MLflow UI takes the next one."""
+    """Of the search page; the MLflow UI takes the next one that is free."""
 
 
 @dataclass
@@ -70,9 +72,13 @@ class Demo:
         return str(self.folder / name)
 
     def open(self, fresh: bool) -> None:
-        """Resumes what lies in the folder, or starts clean, and says which."""
-        held = json.loads(self.file.read_text()) if self.file.exists() else None
+        """Resumes what lies in the folder, or starts clean, and says which. ValueError: it is no demo's of ours."""
+        held = self._held()
         if held and held["settings"] == self.settings and not fresh:
+            if held["format"] != FORMAT:
+                raise ValueError(
+                    f"--out {self.folder}: another version of the demo made it: --fresh starts clean"
+                )
             self.stages = held["stages"]
             done = ", ".join(self.stages) or "nothing yet"
             print(f"Resuming the demo in {self.folder} (done: {done}). --fresh starts clean.")
@@ -87,10 +93,25 @@ class Demo:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
 
-    def save(self) -> None:
-        self.file.write_text(json.dumps({"settings": self.settings, "stages": self.stages}, indent=1))
+    def _held(self) -> dict[str, Any] | None:
+        """What the folder says of itself."""
+        if not self.file.exists():
+            return None
+        try:
+            held = json.loads(self.file.read_text())
+            return {"format": held.get("format", 1), "settings": held["settings"], "stages": held["stages"]}
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.file}: not what a demo wrote: remove it, or choose another --out"
+            ) from None
 
-    @contextmanager
+    def save(self) -> None:
+        held = {"format": FORMAT, "settings": self.settings, "stages": self.stages}
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(held, indent=1))
+        part.replace(self.file)  # a full disk leaves what was there
+
+    @contextlib.contextmanager
     def stage(self, name: str, what: str) -> Iterator[dict[str, Any]]:
         """Times a stage and keeps what it puts into the dictionary; a stage that fails is not kept."""
         print(f"\n== {name}: {what}", flush=True)
@@ -102,10 +123,13 @@ class Demo:
 
 
 def run(settings: DemoSettings) -> None:
-    """The demo. ValueError: the folder is someone else's, or the port is taken; RuntimeError: R@1 is near chance."""
+    """The demo. ValueError: too few clips, the folder is someone else's, or the port is taken; RuntimeError: R@1 is
+    under `LEAST_RECALL`."""
     from hbi.infra.ray_runtime import ray_running
+    from hbi.pipelines.corpus.make import check_clips
     from hbi.serving.app import free_port
 
+    check_clips(settings.clips)
     free_port("127.0.0.1", settings.port)
     folder = Path(settings.out).resolve()
     demo = Demo(folder, {"clips": settings.clips, "seed": settings.seed})
@@ -120,15 +144,20 @@ def run(settings: DemoSettings) -> None:
         if "train" not in demo.stages:
             _train(demo, tracking)
         if "index" not in demo.stages:
-            with demo.stage("index", f"the frame tokens of every clip, by {MODEL}"):
-                BuildIndex(MODEL, demo.path("shards"), demo.path("index"), tracking=tracking).run()
-        _search(demo, tracking, settings.port)
-        print(table(demo), flush=True)
+            with demo.stage(
+                "index", f"the frame tokens of the test clips, none of them trained on, by {MODEL}"
+            ):
+                BuildIndex(MODEL, demo.path("shards"), demo.path("index"), "test", tracking=tracking).run()
+        counted = _search(demo, tracking, settings.port)
+        print(table(demo, counted), flush=True)
+        recall = demo.stages["train"]["metrics"]["test/t2v/R@1"]
+        if settings.clips >= DEFAULT_CLIPS and recall < LEAST_RECALL:
+            raise RuntimeError(
+                f"text-to-video R@1 is {recall:.1f} %, under {LEAST_RECALL:.0f} %: the model or its training is wrong"
+            )
+        print(next_commands(Path(settings.out), tracking), flush=True)
         if settings.serve:
             _keep_serving(tracking, settings.port)
-    metrics = demo.stages["train"]["metrics"]
-    if settings.clips >= DEFAULT_CLIPS and metrics["test/t2v/R@1"] < 1000 / metrics["test/videos"]:
-        raise RuntimeError("text-to-video R@1 is under ten times chance: the model or its training is wrong")
 
 
 def _shard(demo: Demo) -> None:
@@ -153,51 +182,72 @@ def _train(demo: Demo, tracking: str) -> None:
         result.update(metrics=made.metrics, run_id=made.run_id)
 
 
-def _search(demo: Demo, tracking: str, port: int) -> None:
+def _search(demo: Demo, tracking: str, port: int) -> dict[int, Counter[Verdict]]:
+    """Asks the running search, prints a few answers, and counts them all."""
     from hbi.infra.mlflow.resolve import resolve_model
     from hbi.serving.app import start
 
+    clips = Clips.read(Path(demo.path("corpus/manifest.jsonl")), demo.settings["seed"])
     with demo.stage("search", f"Ray Serve answers over HTTP with {MODEL}"):
         address = start(resolve_model(MODEL, tracking), demo.path("index"), port=port)
-        captions = _captions(Path(demo.path("corpus/manifest.jsonl")))
-        for question in QUESTIONS:
-            print(f"\n  “{question}”")
-            for result in _ask(address, question, 3):
-                print(f"    {result['score']:.3f}  {result['id']}  {captions[result['id']]}")
+        for question in clips.examples():
+            print("\n".join(example_lines(clips, question, ask(address, question.text, 3))))
+        return count_verdicts(clips, address)
 
 
-def _ask(address: str, text: str, k: int) -> list[dict[str, Any]]:
-    body = json.dumps({"text": text, "k": k}).encode()
-    request = urllib.request.Request(f"{address}/search", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["results"]
-
-
-def _captions(manifest: Path) -> dict[str, str]:
-    """The first caption of every clip."""
-    rows = map(json.loads, manifest.read_text().splitlines())
-    return {row["id"]: row["captions"][0] for row in rows}
-
-
-def table(demo: Demo) -> str:
-    """What came of it: clips, seconds, and retrieval on the test split beside chance."""
+def table(demo: Demo, counted: dict[int, Counter[Verdict]]) -> str:
+    """What came of it: clips, seconds, retrieval on the test split beside chance, and what the first answers are."""
     from hbi.training.evaluate.table import table as retrieval
 
     shard, metrics = demo.stages["shard"], demo.stages["train"]["metrics"]
-    ratio = metrics["test/t2v/R@1"] * metrics["test/videos"] / 100
     return "\n".join(
         [
             "",
             f"clips    {shard['rows']} in the manifest = {shard['samples']} samples + {shard['failures']} failures",
             "seconds  " + ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in demo.stages.items()),
             retrieval(metrics, "test"),
-            f"text-to-video R@1 is {ratio:.1f} times chance",
+            verdict_table(counted),
         ]
     )
 
 
+def next_commands(out: Path, tracking: str) -> str:
+    """What a person may do next, as it can be pasted."""
+    hbi = shlex.quote(_command())
+    python = shlex.quote(os.path.relpath(sys.executable) if _below(sys.executable) else sys.executable)
+    index, store = shlex.quote(str(out / "index")), shlex.quote(tracking)
+    return "\n".join(
+        [
+            "",
+            "next, as it can be pasted here:",
+            f"  {hbi} demo --out {shlex.quote(str(out))} --serve              # the search page and the MLflow UI",
+            f"  {hbi} serve {MODEL} {index} --tracking {store}",
+            f'  {hbi} search {index} "the red square moves left"',
+            f"  {hbi} runs --tracking {store}",
+            f"  {python} -m mlflow ui --backend-store-uri {store} --port 5000",
+            f"  {hbi} import-dataset folder . VIDEOS mine.jsonl             # your own: VIDEOS is a folder of them",
+            f"  {hbi} shard mine.jsonl mine-shards --frames 6 --size 32 && "
+            f"{hbi} index {MODEL} mine-shards mine-index --tracking {store}",
+        ]
+    )
+
+
+def _command() -> str:
+    """How `hbi` is called here: by name where that finds this one, else by its place beside the Python that runs."""
+    beside = Path(sys.executable).parent / "hbi"
+    found = shutil.which("hbi")
+    if found and Path(found).resolve() == beside.resolve():
+        return "hbi"
+    return os.path.relpath(beside) if _below(str(beside)) else str(beside)
+
+
+def _below(path: str) -> bool:
+    return not os.path.relpath(path).startswith("..")
+
+
 def _keep_serving(tracking: str, port: int) -> None:
     """Keeps the page up, and the MLflow UI beside it, until Ctrl-C."""
+    ui_port = _next_free(port + 1)
     command = [
         sys.executable,
         "-m",
@@ -206,16 +256,26 @@ def _keep_serving(tracking: str, port: int) -> None:
         "--backend-store-uri",
         tracking,
         "--port",
-        str(port + 1),
+        str(ui_port),
     ]
     # Its job runners would outlive it, and nothing here needs them.
     quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     nowhere = subprocess.DEVNULL
     with subprocess.Popen([*command, "--workers", "1"], env=quiet, stdout=nowhere, stderr=nowhere) as ui:
         try:
-            print(
-                f"\nsearch page  http://127.0.0.1:{port}/\nMLflow UI    http://127.0.0.1:{port + 1}/\nCtrl-C ends both"
-            )
+            page, store = f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{ui_port}/"
+            print(f"\nsearch page  {page}\nMLflow UI    {store}\nCtrl-C ends both", flush=True)
             threading.Event().wait()
         finally:
             ui.terminate()
+
+
+def _next_free(port: int) -> int:
+    """The first port from this one on that nothing listens on."""
+    from hbi.serving.app import free_port
+
+    for candidate in range(port, min(port + 50, 65536)):
+        with contextlib.suppress(ValueError):
+            free_port("127.0.0.1", candidate)
+            return candidate
+    raise ValueError(f"--port {port - 1}: the 50 ports after it are all taken: choose another --port")

@@ -33,9 +33,10 @@ ENUMERATED_PLAYERS = 20
 """Most players of a game whose coalitions are listed."""
 
 
-def _players(
+def players_of(
     mask: Shaped[Tensor, "batch n"] | None, logits: Float[Tensor, "batch n"]
 ) -> Bool[Tensor, "batch n"]:
+    """Who plays: those present, as bool."""
     return torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.to(logits.device).bool()
 
 
@@ -50,7 +51,7 @@ def _log_weights(logits: Float[Tensor, "batch n"], mask: Bool[Tensor, "batch n"]
     return shortened - total
 
 
-def _weight_change(
+def weight_change(
     logits: Float[Tensor, "batch n"], mask: Bool[Tensor, "batch n"], nodes: int | None
 ) -> Float[Tensor, "batch n n"]:
     """dP[t, i] = E_T[ p_t(T + i) - p_t(T) ], p_t = 0 where t is absent; T: random subset of the others than i.
@@ -80,7 +81,7 @@ def _weight_change(
     return result.diagonal_scatter(present.sum(-1), dim1=1, dim2=2)
 
 
-def _maximum_change(
+def maximum_change(
     similarity: Float[Tensor, "batch n m"], mask: Bool[Tensor, "batch m"]
 ) -> Float[Tensor, "batch n m"]:
     """dM[t, j] = E_V[ max_{V + j} s[t, .] - max_V s[t, .] ], the maximum over nothing being 0; V: subset without j.
@@ -115,19 +116,19 @@ def exact_interaction(
 
         I = 1/2 ( dP^T dM + (dQ^T dN)^T )
 
-    with dP, dM of `_weight_change` and `_maximum_change`, and dQ, dN the same with words and frames exchanged.
+    with dP, dM of `weight_change` and `maximum_change`, and dQ, dN the same with words and frames exchanged.
     Computed in float64, given in the similarity's type; gradients flow to all three.
 
     nodes: points of the quadrature; None: as many as the spread of the logits needs (on a GPU that waits for the
     device), for an error below 1e-9. 128 are enough where the logits of a game lie within 25 of each other.
     """
-    words, frames = _players(word_mask, word_logits), _players(frame_mask, frame_logits)
+    words, frames = players_of(word_mask, word_logits), players_of(frame_mask, frame_logits)
     pairs = words[:, :, None] & frames[:, None, :]
     grid = similarity.double().masked_fill(~pairs, 0.0)
-    of_words = _weight_change(word_logits.double(), words, nodes)
-    of_frames = _weight_change(frame_logits.double(), frames, nodes)
-    first = of_words.transpose(1, 2) @ _maximum_change(grid, frames)
-    second = _maximum_change(grid.transpose(1, 2), words).transpose(1, 2) @ of_frames
+    of_words = weight_change(word_logits.double(), words, nodes)
+    of_frames = weight_change(frame_logits.double(), frames, nodes)
+    first = of_words.transpose(1, 2) @ maximum_change(grid, frames)
+    second = maximum_change(grid.transpose(1, 2), words).transpose(1, 2) @ of_frames
     return ((first + second) / 2).masked_fill(~pairs, 0.0).to(similarity.dtype)
 
 
@@ -142,7 +143,7 @@ def enumerated_interaction(
 
     The reference for the other two: 2^players values a game. ValueError for a game of more than 20 players.
     """
-    words, frames = _players(word_mask, word_logits), _players(frame_mask, frame_logits)
+    words, frames = players_of(word_mask, word_logits), players_of(frame_mask, frame_logits)
     result = torch.zeros(similarity.shape, dtype=torch.float64, device=similarity.device)
     for game in range(len(similarity)):
         t, v = words[game].nonzero()[:, 0], frames[game].nonzero()[:, 0]
@@ -153,7 +154,7 @@ def enumerated_interaction(
         if not len(t) or not len(v):
             continue
         s = similarity[game][t][:, v].double()
-        values = _coalition_values(s, word_logits[game, t].double(), frame_logits[game, v].double())
+        values = coalition_values(s, word_logits[game, t].double(), frame_logits[game, v].double())
         word_sets = torch.arange(2 ** len(t), device=s.device)
         frame_sets = torch.arange(2 ** len(v), device=s.device)
         for i in range(len(t)):
@@ -168,7 +169,7 @@ def enumerated_interaction(
     return result
 
 
-def _coalition_values(
+def coalition_values(
     s: Float[Tensor, "n m"], word_logits: Float[Tensor, " n"], frame_logits: Float[Tensor, " m"]
 ) -> Float[Tensor, "word_sets frame_sets"]:
     """phi of every coalition; bit t of the row says that word t is in it, bit v of the column that frame v is."""
@@ -209,7 +210,7 @@ def sampled_interaction(
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}, must be at least 1")
-    words, frames = _players(word_mask, word_logits), _players(frame_mask, frame_logits)
+    words, frames = players_of(word_mask, word_logits), players_of(frame_mask, frame_logits)
     pairs = words[:, :, None] & frames[:, None, :]
     grid = similarity.masked_fill(~pairs, 0.0)
     total = torch.zeros_like(grid, dtype=torch.float64)

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+LEVELS = ("entity", "action", "event")
+"""From the words and frames themselves to what is left after two merges."""
+
 
 def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     names = {entry.name for entry in fields(cls)}
@@ -59,6 +62,10 @@ class TowerConfig:
     """Height and width of a frame, pixels."""
     patch_size: int = 16
     """Height and width of a patch, pixels; divides `image_size`."""
+    stem: int = 0
+    """Channels of the first of the small convolutions that make the patches, each of which halves height and width and
+    all but the last of which double the channels; `patch_size` is then a power of 2. 0: CLIP's one convolution.
+    Fresh towers learn shapes faster with it."""
     vision_width: int = 128
     """Width of the vision transformer."""
     vision_layers: int = 4
@@ -113,6 +120,11 @@ class TowerConfig:
             raise ValueError(
                 f"TowerConfig.image_mean and image_std are {self.image_mean} and {self.image_std}, must be three "
                 "numbers each, the latter above 0"
+            )
+        if self.stem < 0 or (self.stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1))):
+            raise ValueError(
+                f"TowerConfig.stem is {self.stem} with patch_size {self.patch_size}: must be 0, or channels with a "
+                "patch_size of 2, 4, 8, 16, ..."
             )
         for part, whole in (
             ("patch_size", "image_size"),
@@ -279,12 +291,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights and choices of the loss; the defaults are those of the published training."""
+    """Weights and choices of the loss; the defaults have the strength of the published training.
 
-    interaction: float = 1.0
-    """Weight of the alignment of interactions at each level (the published skl)."""
-    distillation: float = 2.0
-    """Weight of the self-distillation from the entity level (the published kl)."""
+    The published weights, skl 1 and kl 2, belong to the published reductions, which average a divergence over every
+    element; `objective` "published" wants them. The other objective sums each distribution, and multiplies cosines by
+    the logit scale before it compares them, so that the same strength is another number.
+    """
+
+    levels: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Weight of the contrast at the levels entity, action and event. A level of weight 0 has no loss of any kind and is
+    not computed for it; entity, which others are distilled from, has one."""
+    interaction: float = 1 / 12
+    """Weight of the alignment of interactions at each level. A published divergence over V frames is divided by V:
+    the published strength is 1 / V, here for 12 frames."""
+    distillation: float = 2e-6
+    """Weight of the self-distillation from the entity level. A published divergence over the B candidates of a batch is
+    divided by B, and compares cosines without the logit scale, in whose square it grows: the published strength is
+    2 / (B scale^2), here for 128 pairs and a scale of 100. A weight of 2 pulls at the encoders harder than the contrast
+    does, and against it."""
     objective: Literal["exact", "published"] = "exact"
     """`exact`: the loss as described. `published`: as the published code computes it, faults included."""
     target: Literal["exact", "estimator"] = "exact"
@@ -302,11 +326,24 @@ class LossSettings:
             raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"LossSettings.chunk is {self.chunk}, must be at least 1")
+        if (
+            len(self.levels) != 3
+            or not self.levels[0] > 0
+            or not all(0 <= x < float("inf") for x in self.levels)
+        ):
+            raise ValueError(
+                f"LossSettings.levels is {self.levels}, must be three numbers of at least 0, the first above"
+            )
         for name in ("interaction", "distillation"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
         if not self.target_scale > 0:
             raise ValueError(f"LossSettings.target_scale is {self.target_scale}, must be above 0")
+
+    @property
+    def learned(self) -> dict[str, float]:
+        """The levels that have a loss, with the weight of their contrast."""
+        return {level: weight for level, weight in zip(LEVELS, self.levels, strict=True) if weight}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The assembled model: texts and videos to tokens at three levels, and the similarities between them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import log
 from typing import Any, Literal, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hbi.model.backbones.pretrained import fresh_backbone, towers_of
-from hbi.model.config import DecodeSettings, ModelConfig
+from hbi.model.config import DecodeSettings, LossSettings, ModelConfig
 from hbi.model.frames import normalise
 from hbi.model.heads.beam import Marks, write
 from hbi.model.heads.caption import CachedDecoder, CaptionDecoder
@@ -163,34 +163,59 @@ class HBI(nn.Module):
         """Frames of each video. video: float [batch, frames, 3, height, width], normalised, or uint8
         [batch, frames, height, width, 3], normalised here; ValueError for a video without a frame."""
         mask = require_tokens(video_mask, "video")
+        return self.over_time(self.encode_frames(video), mask)
+
+    def encode_frames(
+        self, video: Shaped[Tensor, "batch frames channels_or_height height_or_width width_or_channels"]
+    ) -> Float[Tensor, "batch frames dim"]:
+        """Each frame by itself, as for `encode_video`: what the transformer over time begins with."""
         towers = self.config.towers
         raw = video.dtype == torch.uint8
         images = normalise(video, towers.image_mean, towers.image_std) if raw else video
-        frames = self.video(images.flatten(0, 1)).float().unflatten(0, mask.shape)
-        return frames if self.temporal is None else self.temporal(frames, mask).float()
+        return self.video(images.flatten(0, 1)).float().unflatten(0, video.shape[:2])
+
+    def over_time(
+        self, frames: Float[Tensor, "batch frames dim"], video_mask: Bool[Tensor, "batch frames"]
+    ) -> Float[Tensor, "batch frames dim"]:
+        """Frames that have seen the other present frames, from those of `encode_frames`."""
+        return frames if self.temporal is None else self.temporal(frames, video_mask).float()
 
     def text_levels(
-        self, words: Float[Tensor, "batch words dim"], text_mask: Shaped[Tensor, "batch words"]
+        self,
+        words: Float[Tensor, "batch words dim"],
+        text_mask: Shaped[Tensor, "batch words"],
+        levels: Collection[str] = LEVELS,
     ) -> dict[str, Tokens]:
-        """The tokens of each level from the words of `encode_text`."""
-        return self._levels(words, require_tokens(text_mask, "text"), self.text_merges, self.text_weights)
+        """The tokens of each of the levels, in the order of `LEVELS`, from the words of `encode_text`."""
+        mask = require_tokens(text_mask, "text")
+        return self._levels(words, mask, levels, self.text_merges, self.text_weights)
 
     def video_levels(
-        self, frames: Float[Tensor, "batch frames dim"], video_mask: Shaped[Tensor, "batch frames"]
+        self,
+        frames: Float[Tensor, "batch frames dim"],
+        video_mask: Shaped[Tensor, "batch frames"],
+        levels: Collection[str] = LEVELS,
     ) -> dict[str, Tokens]:
-        """The tokens of each level from the frames of `encode_video`."""
-        return self._levels(
-            frames, require_tokens(video_mask, "video"), self.video_merges, self.video_weights
-        )
+        """The tokens of each of the levels, in the order of `LEVELS`, from the frames of `encode_video`."""
+        mask = require_tokens(video_mask, "video")
+        return self._levels(frames, mask, levels, self.video_merges, self.video_weights)
 
     def _levels(
-        self, tokens: Tensor, mask: Tensor, merges: nn.ModuleList, weights: nn.ModuleDict
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        wanted: Collection[str],
+        merges: nn.ModuleList,
+        weights: nn.ModuleDict,
     ) -> dict[str, Tokens]:
         levels = {}
-        for level, merge in zip(LEVELS, [None, *merges], strict=True):
+        last = max(map(LEVELS.index, wanted))
+        for level, merge in zip(LEVELS[: last + 1], [None, *merges][: last + 1], strict=True):
             if merge is not None:
                 tokens, mask, _ = merge(tokens, mask, published=self._published)
-            levels[level] = Tokens(tokens.float(), weights[level](tokens)[:, :, 0].float(), mask)
+            if level in wanted:
+                logits = weights[level](tokens)[:, :, 0]
+                levels[level] = Tokens(tokens.float(), logits.float(), mask)
         return levels
 
     def similarity(
@@ -229,7 +254,7 @@ class HBI(nn.Module):
         """The players of each pair's game: the pair's tokens, rebuilt where the model reconstructs. Row by row."""
         if self.reconstruction is None:
             return text, video
-        pairs = {level: rebuild(text[level], video[level]) for level, rebuild in self.reconstruction.items()}
+        pairs = {level: self.reconstruction[level](text[level], video[level]) for level in text}
         return {level: pair[0] for level, pair in pairs.items()}, {
             level: pair[1] for level, pair in pairs.items()
         }
@@ -320,14 +345,21 @@ class HBI(nn.Module):
         video: Shaped[Tensor, "videos frames a b c"],
         video_mask: Shaped[Tensor, "videos frames"],
         head: HeadInputs | None = None,
+        loss: LossSettings | None = None,
     ) -> Encoded | dict[str, Tensor]:
         """A training step's batch to what its loss needs; a batch of nothing is one too.
 
-        head None: matched pairs, for `hbi_loss`. Else logits: of the answers at each level, or "caption".
+        head None: matched pairs, for `hbi_loss`; what a `loss` that is given has no use for is left out. Else logits:
+        of the answers at each level, or "caption".
         """
-        clips = self.video_levels(self.encode_video(video, video_mask), video_mask)
+        frames = self.encode_video(video, video_mask)
         if head is None:
-            return self._encode_pairs(input_ids, text_mask, clips)
+            words, _ = self.encode_text(input_ids, text_mask)
+            levels = LEVELS if loss is None else loss.learned
+            text = self.text_levels(words, text_mask, levels)
+            clips = self.video_levels(frames, video_mask, levels)
+            return self._encode_pairs(text, clips, align=loss is None or loss.interaction > 0)
+        clips = self.video_levels(frames, video_mask)
         own = {
             level: Tokens(*(part[head.video_of_text] for part in tokens)) for level, tokens in clips.items()
         }
@@ -335,14 +367,15 @@ class HBI(nn.Module):
             return self.answer_levels(input_ids, text_mask, own, head.candidates)
         return {"caption": self.caption_logits(input_ids, own)}
 
-    def _encode_pairs(self, input_ids: Tensor, text_mask: Tensor, clips: dict[str, Tokens]) -> Encoded:
-        text = self.text_levels(self.encode_text(input_ids, text_mask)[0], text_mask)
-        words, frames = self.reconstruct(text, clips)
-        predicted = self.interactions(dict(self.predictors.items()), words, frames)  # type: ignore[arg-type]
+    def _encode_pairs(self, text: dict[str, Tokens], video: dict[str, Tokens], align: bool) -> Encoded:
+        """What the losses need of pairs, at the levels that the text and the video are given at."""
+        words, frames = self.reconstruct(text, video)
+        predictors = {level: self.predictors[level] for level in text} if align else {}
+        predicted = self.interactions(predictors, words, frames)  # type: ignore[arg-type]
         estimated, players = {}, {}
         with torch.no_grad():
             if self.estimator is not None:
-                estimated = self.interactions(dict.fromkeys(LEVELS, self.estimator), words, frames)
+                estimated = self.interactions(dict.fromkeys(text, self.estimator), words, frames)
             if self.reconstruction is not None:
-                players = {level: pair_similarity(words[level], frames[level]) for level in LEVELS}
-        return Encoded(text, clips, predicted, self.logit_scale.exp(), estimated, players)
+                players = {level: pair_similarity(words[level], frames[level]) for level in text}
+        return Encoded(text, video, predicted, self.logit_scale.exp(), estimated, players)

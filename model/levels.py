@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
-LEVELS = ("entity", "action", "event")
-"""From the words and frames themselves to what is left after two merges."""
+from hbi.model.config import LEVELS as LEVELS
+
 NEIGHBOURS = 3
 """Neighbours that a token's local density is measured on, itself included (the published k)."""
 

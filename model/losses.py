@@ -8,7 +8,6 @@ from torch.nn.functional import kl_div
 from hbi.model.banzhaf import exact_interaction
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
-from hbi.model.levels import LEVELS
 from hbi.model.similarity import pair_similarity, weighted_similarity
 
 QUADRATURE_NODES = 128
@@ -73,7 +72,7 @@ def interaction_targets(
                 local.video[level].mask,
                 nodes=QUADRATURE_NODES,
             )
-            for level in LEVELS
+            for level in settings.learned
         }
 
 
@@ -82,7 +81,8 @@ def hbi_loss(
 ) -> dict[str, Float[Tensor, ""]]:
     """The share of these rows in the loss of the whole batch; the shares of all the ranks add up to the loss.
 
-        loss = sum over levels ( contrastive + interaction * alignment ) + distillation * sum over action, event
+        loss = sum over levels ( weight * contrastive + interaction * alignment )
+               + distillation * sum over action, event
 
         contrastive   1/2 the mean cross entropy of texts to videos + 1/2 that of videos to texts, at
                       logit_scale * similarity
@@ -110,7 +110,7 @@ def _exact_loss(
     losses: dict[str, Tensor] = {}
     total = local.logit_scale.new_zeros(())
     teacher: tuple[Tensor, Tensor] | None = None
-    for level in LEVELS:
+    for level in settings.learned:
         text, video = local.text[level], local.video[level]
         of_texts = local.logit_scale * weighted_similarity(text, pool.video[level], settings.chunk)
         if local is pool:
@@ -119,7 +119,7 @@ def _exact_loss(
             of_videos = local.logit_scale * weighted_similarity(pool.text[level], video, settings.chunk).T
         contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
         losses[f"contrastive/{level}"] = contrast / batch
-        total = total + losses[f"contrastive/{level}"]
+        total = total + settings.learned[level] * losses[f"contrastive/{level}"]
         if settings.interaction:
             alignment = alignment_loss(local.predicted[level], targets[level], text.mask, video.mask)
             losses[f"alignment/{level}"] = alignment / batch
@@ -150,7 +150,7 @@ def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[
     losses: dict[str, Tensor] = {}
     total = encoded.logit_scale.new_zeros(())
     entity: Tensor | None = None
-    for level in LEVELS:
+    for level in settings.learned:
         text, video = encoded.text[level], encoded.video[level]
         similarity = weighted_similarity(text, video, settings.chunk, padding="zero")
         pairs = max(len(similarity), 1)
@@ -165,7 +165,7 @@ def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[
             student.permute(turned), teacher.permute(turned)
         )
         losses[f"contrastive/{level}"], losses[f"alignment/{level}"] = contrast, alignment
-        total = total + contrast + settings.interaction * alignment
+        total = total + settings.learned[level] * contrast + settings.interaction * alignment
         if entity is None:
             entity = similarity
         else:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hbi.model.banzhaf import exact_interaction
+from hbi.model.coalitions import importance
 from hbi.model.config import DecodeSettings, FrameSettings
 from hbi.model.frames import resize_crop, sample_indices
 from hbi.model.hbi import HBI
@@ -47,6 +48,11 @@ class Explanation:
     """When each frame is shown, in seconds (its number, where the video was given as frames)."""
     interaction: Float[np.ndarray, "words frames"]
     """What a word and a frame are worth together beyond what each is worth alone."""
+    word_values: Float[np.ndarray, " words"]
+    """What each word adds to the score of a random set of the others with all frames; marks are no players and have 0.
+    Leaving words out in this order makes the score fall nearly as fast as any order can."""
+    frame_values: Float[np.ndarray, " frames"]
+    """What each frame adds to the score of a few of the others with all words: by it frames are ranked."""
     frames: UInt8[np.ndarray, "frames size size 3"]
     """The frames, as the model saw them."""
 
@@ -164,7 +170,10 @@ class Model:
 
     @torch.inference_mode()
     def explain(self, video: Video, text: str) -> Explanation:
-        """Which word of a sentence met which frame of a video; see `interaction_of`."""
+        """Which word of a sentence met which frame of a video, and what each is good for.
+
+        See `interaction_of`, and `hbi.model.coalitions` for the values.
+        """
         ids, mask = self._tokens([text], "text")
         [(frames, frame_mask, clips)] = list(self._encoded([video]))
         words, _ = self.model.encode_text(ids, mask)
@@ -175,7 +184,28 @@ class Model:
         written, of_token = words_of(self.tokenizer, ids[0].tolist())
         table = torch.zeros(len(written), len(images))
         table.index_add_(0, torch.tensor(of_token), found[0, :, : len(images)].float().cpu())
-        return Explanation(written, times, table.numpy(), images)
+        word_values, frame_values = self._values(ids[0], of_token, images)
+        return Explanation(written, times, table.numpy(), word_values, frame_values, images)
+
+    @torch.inference_mode()
+    def _values(
+        self,
+        ids: Int[Tensor, " tokens"],
+        of_token: list[int],
+        images: UInt8[np.ndarray, "frames size size 3"],
+    ) -> tuple[Float[np.ndarray, " words"], Float[np.ndarray, " frames"]]:
+        """Values of the words, marks among them with 0, and of the frames."""
+        marks = set(self.tokenizer.all_special_ids)
+        players = sorted(
+            {word for word, token in zip(of_token, ids.tolist(), strict=True) if token not in marks}
+        )
+        number = {word: place for place, word in enumerate(players)}
+        numbers = torch.tensor([number.get(word, -1) for word in of_token], device=self.device)
+        frames = self.model.encode_frames(torch.from_numpy(images)[None].to(self.device))[0]
+        found = importance(self.model, ids, numbers, frames)
+        word_values = np.zeros(max(of_token) + 1, np.float32)
+        word_values[players] = found.words.numpy()
+        return word_values, found.frames.numpy()
 
     # ------------------------------------------------------------------------------------------------ tokens
 

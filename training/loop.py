@@ -154,7 +154,7 @@ class Training:
 
     def _encode(self, micro_batch: tuple[Any, ...]) -> Any:
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.wrapped(*micro_batch)
+            return self.wrapped(*micro_batch, loss=self.config.loss)
 
     def update(self) -> Tensor:
         """Moves the weights along the gradient; the gradient's norm before clipping."""

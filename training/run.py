@@ -7,7 +7,7 @@ from typing import Any
 
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
-from hbi.infra.mlflow.registry import ModelPackage, NewVersion, log_and_register
+from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
 from hbi.infra.mlflow.store import tracking_uri
 from hbi.infra.nodes import require_resources, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
@@ -17,7 +17,7 @@ from hbi.training.checkpoint import fetched
 from hbi.training.init import with_init
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
-from hbi.training.worker import CONFIG, MODEL, Job, work
+from hbi.training.worker import CONFIG, MODEL, Job, metrics_prefix, work
 
 RESULT = "result.json"
 
@@ -80,7 +80,14 @@ def train(
     folder, version = storage.join(out, MODEL), None
     if run_id and package and config.tracking.register:
         with fetched(folder) as local:
-            new = NewVersion(metrics=metrics, tags=lineage(data), alias=config.tracking.alias)
+            new = NewVersion(
+                metrics=metrics,
+                tags=lineage(data),
+                alias=config.tracking.alias,
+                alias_metric=f"{metrics_prefix(config, config.evaluate.select)}/{config.metric}",
+            )
+            if kept := better_holder(uri, new):
+                log(f"{new.alias} stays version {kept}: this model is not better by {new.alias_metric}")
             version = log_and_register(local, run_id, uri, package, new)
     result = TrainResult(folder, metrics, run_id, version)
     storage.write_bytes(storage.join(out, RESULT), json.dumps(asdict(result), indent=2).encode())

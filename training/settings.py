@@ -160,7 +160,8 @@ class TrackingSettings:
     register: bool = True
     """Register the model at the end."""
     alias: str = ""
-    """Alias that the new version gets; "" gives none."""
+    """Alias that the new version gets where it is better than the alias's holder by the checkpoints' metric; "" gives
+    none."""
 
 
 @dataclass(frozen=True)

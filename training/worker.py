@@ -77,7 +77,7 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
     checkpoints = Checkpoints(
         storage.join(out, "checkpoints"),
         config.checkpoint.keep,
-        f"{_called(config, config.evaluate.select)}/{config.metric}",
+        f"{metrics_prefix(config, config.evaluate.select)}/{config.metric}",
         process,
     )
     try:
@@ -123,7 +123,7 @@ def evaluation(
     def measure(model: HBI, split: str) -> dict[str, float]:
         if split not in have:
             return {}
-        called, metrics = _called(config, split), {}
+        called, metrics = metrics_prefix(config, split), {}
         encoder = SplitEncoder(model, tokenizer, index, process, config.protocol)
         try:
             for task in dict.fromkeys(config.task):
@@ -148,7 +148,7 @@ def evaluation(
     return measure
 
 
-def _called(config: TrainConfig, split: str) -> str:
+def metrics_prefix(config: TrainConfig, split: str) -> str:
     """What metrics of a split are called: a choice made on the test split must show."""
     return f"selected-on-{split}" if split == config.evaluate.select == "test" else split
 

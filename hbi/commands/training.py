@@ -91,6 +91,8 @@ class Evaluate:
     """Which split."""
     protocol: Annotated[EvalProtocol, OmitArgPrefixes] = field(default_factory=EvalProtocol)
     """How retrieval is measured."""
+    explanations: int = 0
+    """How many matches to explain, to see how true the explanations are; 0 explains none."""
     tokenizer: Path = None
     """For a published checkpoint: a CLIP name or folder."""
     words: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
@@ -99,13 +101,16 @@ class Evaluate:
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
     def run(self) -> None:
+        from hbi.training.evaluate.explanations import explanation_table
         from hbi.training.evaluate.retrieval import evaluate_named
         from hbi.training.evaluate.table import table
         from hbi.training.init import ModelSource
 
         source = ModelSource(self.model, self.tracking, self.tokenizer, self.words)
-        metrics = evaluate_named(source, self.shards, self.split, self.protocol)
+        metrics = evaluate_named(source, self.shards, self.split, self.protocol, self.explanations)
         print(table(metrics, self.split))
+        if self.explanations:
+            print(explanation_table(metrics, self.split))
 
 
 @dataclass(frozen=True)

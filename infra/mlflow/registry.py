@@ -46,6 +46,9 @@ class NewVersion:
     """Lineage: commit, data, its digest."""
     alias: str = ""
     """Moves to the version when all of it is there; "" moves none."""
+    alias_metric: str = ""
+    """One of `metrics`, of which the version must have more than the alias's holder for the alias to move; "": it moves
+    anyway, as it does where the holder does not say."""
 
 
 def log_and_register(
@@ -83,9 +86,27 @@ def log_and_register(
     version = store.create_model_version(
         new.name, source, run_id, tags=version_tags, model_id=logged.model_id
     )
-    if new.alias:
+    if new.alias and not better_holder(uri, new):
         store.set_registered_model_alias(new.name, new.alias, version.version)
     return str(version.version)
+
+
+def better_holder(uri: str, new: NewVersion) -> str:
+    """The version that holds `new.alias` and has no less of `new.alias_metric` than the new one; "" where none does."""
+    from mlflow.exceptions import MlflowException
+
+    if not new.alias_metric:
+        return ""
+    try:
+        holder = client(uri).get_model_version_by_alias(new.name, new.alias)
+    except MlflowException:
+        return ""
+    held = holder.tags.get(mlflow_name(new.alias_metric))
+    # As it is kept: what a tag rounds must not make a model better than itself.
+    mine = f"{new.metrics[new.alias_metric]:.6g}" if new.alias_metric in new.metrics else None
+    if held is None or mine is None or float(mine) > float(held):
+        return ""
+    return str(holder.version)
 
 
 def _save_package(

@@ -1,5 +1,6 @@
 """CLIP's two towers: every word and every frame as one token in the joint space."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -103,12 +104,35 @@ class TextTower(nn.Module):
         return words, last_present(words, mask)
 
 
+class ConvStem(nn.Sequential):
+    """Images to patches by small convolutions, 3 x 3 with stride 2, a ReLU between them (Xiao et al. 2021, "Early
+    Convolutions Help Transformers See Better"): [images, 3, height, width] -> [images, width, rows, columns]."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        """channels: of the first; each later one has twice as many, the last `width`. patch_size: a power of 2."""
+        halvings = patch_size.bit_length() - 1
+        sizes = [3, *(channels * 2**i for i in range(halvings - 1)), width]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+    @property
+    def weight(self) -> Tensor:
+        """CLIP's embeddings ask their patches' weight for its type."""
+        return self[0].weight  # type: ignore[return-value]
+
+
 class VisionTower(nn.Module):
     """CLIP's vision transformer: one token a frame, the projected class token."""
 
-    def __init__(self, clip: CLIPModel | MetaClip2Model) -> None:
+    def __init__(self, clip: CLIPModel | MetaClip2Model, stem: int = 0) -> None:
+        """stem: channels of a `ConvStem` in place of CLIP's patch embedding; 0 keeps that."""
         super().__init__()
         self.embeddings = clip.vision_model.embeddings
+        if stem:
+            settings = clip.config.vision_config
+            self.embeddings.patch_embedding = ConvStem(stem, settings.patch_size, settings.hidden_size)
         self.norm_before = clip.vision_model.pre_layrnorm
         self.layers = clip.vision_model.encoder.layers
         self.norm = clip.vision_model.post_layernorm

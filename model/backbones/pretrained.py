@@ -42,7 +42,7 @@ def towers_of(backbone: PreTrainedModel, towers: TowerConfig) -> tuple[Any, Any]
     """The text tower (ids and mask to words and sentence) and the vision tower (images to one token each)."""
     model: Any = backbone
     if towers.family == "clip":
-        return TextTower(model), VisionTower(model)
+        return TextTower(model), VisionTower(model, towers.stem)
     return SiglipTextTower(model, towers.pad_id), SiglipVisionTower(model, towers)
 
 

@@ -21,24 +21,34 @@ from hbi.pipelines.corpus.captions import caption, questions
 from hbi.pipelines.corpus.render import encode, render
 from hbi.pipelines.corpus.scripts import FAMILY, Script, make_scripts
 
+TEST_CLIPS = 200
+"""Most clips of the test split: a larger corpus learns from more, and is asked among as many."""
+
 
 def make_corpus(out: str, clips: int, seed: int = 0, processes: int | None = None) -> Iterator[int]:
     """Writes `out/videos/*.mp4` and `out/manifest.jsonl` (written last); yields the number of clips done so far.
 
-    A tenth of the families is the test split, a twentieth the validation split, at least one each.
+    A tenth of the families is the test split, a twentieth the validation split, at least one each and at most as many
+    as `TEST_CLIPS` hold and half of that.
     Raises ValueError if there are fewer clips than three families hold.
     """
+    check_clips(clips)
+    return _make(out, clips, seed, processes)
+
+
+def check_clips(clips: int) -> None:
+    """ValueError if three splits of whole families want more."""
     if clips < 3 * FAMILY:
         raise ValueError(
             f"--clips {clips}: the corpus has three splits of whole families: ask for {3 * FAMILY} or more"
         )
-    return _make(out, clips, seed, processes)
 
 
 def _make(out: str, clips: int, seed: int, processes: int | None) -> Iterator[int]:
     scripts = make_scripts(clips, seed)
     families = math.ceil(clips / FAMILY)
-    tests, vals = max(1, round(families / 10)), max(1, round(families / 20))
+    most = TEST_CLIPS // FAMILY
+    tests, vals = max(1, min(most, round(families / 10))), max(1, min(most // 2, round(families / 20)))
     splits = ["test"] * tests + ["val"] * vals + ["train"] * (families - tests - vals)
     np.random.default_rng([seed, families]).shuffle(splits)
     write = partial(_write_clip, storage.absolute(out), seed)

@@ -33,7 +33,7 @@ class Scene:
             entity: np.array(spot) + rng.uniform(-0.05, 0.05, 2)
             for entity, spot in zip(self.entities, spots, strict=False)
         }
-        self.sizes = {entity: float(rng.uniform(0.15, 0.18)) for entity in self.entities}
+        self.sizes = {entity: float(rng.uniform(0.17, 0.2)) for entity in self.entities}
         self.turns = dict.fromkeys(self.entities, 0.0)
         self.seen = {
             entity: next(clause.action for clause in script if clause.entity == entity) != "appears"
@@ -66,7 +66,7 @@ class Scene:
         centre, size = self.centres[entity], self.sizes[entity]
         toward = np.array(STEPS.get(clause.action, (0, 0)))
         room = np.where(toward > 0, 0.88 - centre, centre - 0.12)
-        way = toward * np.clip(room, 0.2, 0.4)
+        way = toward * np.clip(room, 0.25, 0.4)
         for step in range(1, CLAUSE_FRAMES + 1):
             part = step / CLAUSE_FRAMES
             match clause.action:

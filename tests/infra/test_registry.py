@@ -328,3 +328,19 @@ def test_a_table_fits() -> None:
     text, left = fit(["name", "value", "word"], [["a" * 40, "1.5", "x"], ["b", "", "yy"]], width=34)
     assert text.splitlines() == [f"name{' ' * 22}value", f"{'a' * 11}…{'a' * 12}    1.5", "b"]
     assert left == ["word"]
+
+
+def test_an_alias_moves_only_to_a_better_model(tmp_path: Path, model_folder: Path) -> None:
+    uri = fresh_store(tmp_path)
+    store = stores.client(uri)
+
+    def register(recall: float | None, metric: str = "val/t2v/R@1") -> str:
+        """Registers a model of so much recall; which version is champion after it."""
+        run = store.create_run(stores.experiment_id(uri, "exp")).info.run_id
+        metrics = {} if recall is None else {"val/t2v/R@1": recall}
+        new = NewVersion(metrics=metrics, alias="champion", alias_metric=metric)
+        log_and_register(model_folder, run, uri, PACKAGE, new)
+        return store.get_model_version_by_alias("hbi", "champion").version
+
+    assert [str(register(recall)) for recall in (None, 20.0, 19.0, 20.0, 20.5)] == ["1", "2", "2", "2", "5"]
+    assert str(register(1.0, metric="")) == "6"

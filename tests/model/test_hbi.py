@@ -153,7 +153,10 @@ def test_a_batch_of_none_gives_zero_gradients() -> None:
     whole = model(*batch())
     pool = detached(whole)
     none = model(*(part[:0] for part in batch()))
-    for settings in (LossSettings(), LossSettings(chunk=2)):
+    for settings in (
+        LossSettings(interaction=1.0, distillation=2.0),
+        LossSettings(interaction=1.0, distillation=2.0, chunk=2),
+    ):
         model.zero_grad()
         losses = hbi_loss(none, pool, 0, settings, 4)
         losses["loss"].backward(retain_graph=True)
@@ -179,7 +182,7 @@ def test_every_parameter_learns(masking: str) -> None:
     )  # type: ignore[arg-type]
     model = HBI(config).train()
     encoded = model(*batch())
-    hbi_loss(encoded, encoded, 0, LossSettings(), 4)["loss"].backward()
+    hbi_loss(encoded, encoded, 0, LossSettings(interaction=1.0, distillation=2.0), 4)["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         # Softmaxes forget a constant.
@@ -195,7 +198,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient() -> None:
         model.set_checkpointing(on)
         model.zero_grad()
         encoded = model(*parts)
-        loss = hbi_loss(encoded, encoded, 0, LossSettings(), 4)["loss"]
+        loss = hbi_loss(encoded, encoded, 0, LossSettings(interaction=1.0, distillation=2.0), 4)["loss"]
         loss.backward()
         results.append(
             (
@@ -271,7 +274,9 @@ def test_frozen_parts() -> None:
     assert all(name.startswith(("estimator.", "video.embeddings.patch")) for name in frozen)
     encoded = model(*batch())
     assert set(encoded.estimated) == set(LEVELS)
-    losses = hbi_loss(encoded, encoded, 0, LossSettings(target="estimator"), 4)
+    losses = hbi_loss(
+        encoded, encoded, 0, LossSettings(interaction=1.0, distillation=2.0, target="estimator"), 4
+    )
     losses["loss"].backward()
     assert model.estimator is not None and model.estimator.query.grad is None
 
@@ -285,7 +290,23 @@ def test_a_gpu_computes_the_same() -> None:
     for device in ("cpu", "cuda"):
         model.to(device)
         encoded = model(*(part.to(device) for part in parts))
-        losses.append(hbi_loss(encoded, encoded, 0, LossSettings(), 4)["loss"])
+        losses.append(
+            hbi_loss(encoded, encoded, 0, LossSettings(interaction=1.0, distillation=2.0), 4)["loss"]
+        )
     losses[1].backward()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_what_a_loss_has_no_use_for_is_not_computed(model: HBI) -> None:
+    settings = LossSettings(levels=(1.0, 0.0, 0.0), interaction=0.0, distillation=0.0)
+    pairs = batch()
+    with torch.no_grad():
+        whole, some = model(*pairs), model(*pairs, loss=settings)
+        event = model(*pairs, loss=LossSettings(levels=(1.0, 0.0, 1.0), interaction=0.5))
+    assert list(some.text) == list(some.video) == ["entity"] and not some.predicted
+    assert torch.equal(some.text["entity"].tokens, whole.text["entity"].tokens)
+    assert list(event.text) == list(event.predicted) == ["entity", "event"]
+    assert torch.equal(event.video["event"].tokens, whole.video["event"].tokens)
+    expected = hbi_loss(whole, whole, 0, settings, 4)["loss"]
+    torch.testing.assert_close(hbi_loss(some, some, 0, settings, 4)["loss"], expected)

@@ -151,13 +151,21 @@ def test_the_target_is_the_exact_interaction() -> None:
         assert torch.allclose(targets[level], 10 * truth, atol=1e-7)
         assert not targets[level].requires_grad
     estimated = encoded(3, estimated=True)
-    assert interaction_targets(estimated, LossSettings(target="estimator")) is estimated.estimated
+    assert (
+        interaction_targets(estimated, LossSettings(interaction=1.0, distillation=2.0, target="estimator"))
+        is estimated.estimated
+    )
     with pytest.raises(ValueError, match="has no estimator"):
-        interaction_targets(whole, LossSettings(target="estimator"))
+        interaction_targets(whole, LossSettings(interaction=1.0, distillation=2.0, target="estimator"))
 
 
 @pytest.mark.parametrize(
-    "settings", [LossSettings(), LossSettings(chunk=2), LossSettings(objective="published")]
+    "settings",
+    [
+        LossSettings(interaction=1.0, distillation=2.0),
+        LossSettings(interaction=1.0, distillation=2.0, chunk=2),
+        LossSettings(interaction=1.0, distillation=2.0, objective="published"),
+    ],
 )
 @pytest.mark.parametrize("cuts", [(0, 3, 7), (0, 0, 5, 7), (0, 7)])
 def test_shares_of_ranks_add_up(settings: LossSettings, cuts: tuple[int, ...]) -> None:
@@ -182,8 +190,8 @@ def test_shares_of_ranks_add_up(settings: LossSettings, cuts: tuple[int, ...]) -
 
 def test_published_loss_differs_where_its_faults_are() -> None:
     whole = encoded(6, estimated=True)
-    losses = published_loss(whole, LossSettings(objective="published"))
-    ours = hbi_loss(whole, whole, 0, LossSettings(target="estimator"), 6)
+    losses = published_loss(whole, LossSettings(interaction=1.0, distillation=2.0, objective="published"))
+    ours = hbi_loss(whole, whole, 0, LossSettings(interaction=1.0, distillation=2.0, target="estimator"), 6)
     assert losses["alignment/entity"] < ours["alignment/entity"] / 2  # averaged over elements
     assert losses["distillation/action"] < ours["distillation/action"] / 2  # without the logit scale
     # Its teacher learns too: the entity level's weights get a gradient from the distillation alone.
@@ -198,3 +206,47 @@ def test_published_loss_differs_where_its_faults_are() -> None:
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"LossSettings\.{field} is"):
         LossSettings(**{field: value})  # type: ignore[arg-type]
+
+
+def published_mean(student: Tensor, teacher: Tensor, across: int) -> Tensor:
+    """A divergence as the published code reduces it: averaged over every element."""
+    divergence = torch.nn.functional.kl_div(
+        student.log_softmax(across), teacher.softmax(across), reduction="none"
+    )
+    return divergence.mean()
+
+
+def test_the_default_weights_have_the_published_strength() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs, tokens, scale = 128, 12, 100.0
+    predicted, target = (
+        torch.randn(pairs, tokens, tokens, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    everyone = torch.ones(pairs, tokens, dtype=torch.bool)
+    published = published_mean(predicted, target, 2) + published_mean(predicted, target, 1)
+    ours = LossSettings().interaction * alignment_loss(predicted, target, everyone, everyone) / pairs
+    torch.testing.assert_close(ours, published)
+    student, teacher = (
+        1e-3 * torch.randn(pairs, pairs, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    published = 2 * published_mean(student, teacher, 1)
+    ours = LossSettings().distillation * distillation_loss(scale * student, scale * teacher) / pairs
+    assert float(ours / published) == pytest.approx(2e-6 * pairs * scale**2 / 2, rel=0.05)
+    assert float(ours / published) == pytest.approx(1, rel=0.4)
+
+
+def test_a_level_without_weight_has_no_loss_of_any_kind() -> None:
+    whole = encoded(5)
+    all_of_it = hbi_loss(whole, whole, 0, LossSettings(interaction=0.5, distillation=1.0), 5)
+    settings = LossSettings(levels=(2.0, 0.0, 0.5), interaction=0.5, distillation=1.0)
+    losses = hbi_loss(whole, whole, 0, settings, 5)
+    assert not [name for name in losses if name.endswith("/action")]
+    expected = 2.0 * all_of_it["contrastive/entity"] + 0.5 * all_of_it["contrastive/event"]
+    expected += 0.5 * (all_of_it["alignment/entity"] + all_of_it["alignment/event"])
+    torch.testing.assert_close(losses["loss"], expected + all_of_it["distillation/event"])
+
+
+@pytest.mark.parametrize("levels", [(0.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, float("nan"), 1.0)])
+def test_the_entity_level_is_always_learned(levels: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match=r"LossSettings\.levels is"):
+        LossSettings(levels=levels)

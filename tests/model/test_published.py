@@ -162,12 +162,12 @@ def test_interactions(level: str, encoded: Encoded, arrays: dict[str, torch.Tens
 
 
 def test_loss_and_gradients(model: HBI, encoded: Encoded, arrays: dict[str, torch.Tensor]) -> None:
-    losses = published_loss(encoded, LossSettings(objective="published"))
+    losses = published_loss(encoded, LossSettings(interaction=1.0, distillation=2.0, objective="published"))
     close(losses["loss"], arrays["loss"])
     for level in ("action", "event"):
         close(losses[f"contrastive/{level}"] + losses[f"alignment/{level}"], arrays[f"loss_{level}"])
     # The same through the front door, and cut in two shares as two ranks would.
-    settings = LossSettings(objective="published")
+    settings = LossSettings(interaction=1.0, distillation=2.0, objective="published")
     assert hbi_loss(encoded, encoded, 0, settings, 6)["loss"].item() == losses["loss"].item()
     halves = [rows_of(encoded, slice(0, 2)), rows_of(encoded, slice(2, 6))]
     shares = [
@@ -203,7 +203,10 @@ def rows_of(encoded: Encoded, rows: slice) -> Encoded:
 
 def test_published_loss_needs_an_estimator(encoded: Encoded) -> None:
     with pytest.raises(ValueError, match="has no estimator"):
-        published_loss(encoded._replace(estimated={}), LossSettings(objective="published"))
+        published_loss(
+            encoded._replace(estimated={}),
+            LossSettings(interaction=1.0, distillation=2.0, objective="published"),
+        )
 
 
 def test_a_file_with_a_wrapper_s_prefix_in_half_precision(

@@ -1,6 +1,7 @@
 """The towers: the same numbers as transformers' own CLIP, and the temporal transformer that starts from it."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import CLIPModel
 from hbi.model.backbones.clip import clip_config
 from hbi.model.config import ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
-from hbi.model.weights import build_model
+from hbi.model.weights import build_model, load_model, save_model
 
 TOWERS = TowerConfig(
     image_size=16, patch_size=8, vision_width=48, vision_layers=2, vision_heads=3, vision_mlp=96, text_width=32,
@@ -111,3 +112,25 @@ def test_a_backbone_that_is_not_there(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"ModelConfig.backbone is .*: no CLIP checkpoint there"):
             build_model(ModelConfig(backbone=str(tmp_path / "none")))
+
+
+def test_a_stem_makes_as_many_patches_by_itself(tmp_path: Path) -> None:
+    towers = replace(TOWERS, stem=4)
+    model = HBI(ModelConfig(towers=towers, words=10, temporal_layers=0)).eval()
+    stem = model.video.embeddings.patch_embedding
+    convolutions = [layer for layer in stem if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [4, 8, towers.vision_width]
+    images = torch.randn(2, 3, 16, 16)
+    patches = images
+    for layer in convolutions:  # the definition, by hand
+        patches = torch.nn.functional.conv2d(patches, layer.weight, layer.bias, stride=2, padding=1)
+        patches = patches if layer is convolutions[-1] else patches.relu()
+    assert torch.equal(stem(images), patches) and patches.shape == (2, towers.vision_width, 2, 2)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).video(images), model.video(images))
+
+
+@pytest.mark.parametrize("towers", [{"stem": -1}, {"stem": 4, "patch_size": 12, "image_size": 24}])
+def test_a_stem_halves_its_patches_away(towers: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"TowerConfig\.stem is"):
+        TowerConfig(**towers)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import hbi
 from hbi.model.banzhaf import enumerated_interaction
+from hbi.model.coalitions import FRAME_PRESENCE
 from hbi.model.config import (
     AnswerConfig,
     CaptionConfig,
@@ -127,12 +129,36 @@ def test_frames_serve_as_a_video(plain: Model, videos: list[str]) -> None:
     np.testing.assert_allclose(plain.encode_video([many]), plain.encode_video(videos[:1]), atol=1e-6)
 
 
+def value_of_frame(model: Model, text: str, frames: np.ndarray, own: int) -> float:
+    """What a frame adds to the others, each there with `FRAME_PRESENCE`; a clip of no frames scores 0."""
+    ids, mask = tokenize(model.tokenizer, [text], WORDS)
+    ids, mask = ids[:, : mask.sum()], mask[:, : mask.sum()]
+    words = model.model.text_levels(model.model.encode_text(ids, mask)[0], mask)["entity"]
+
+    def score(there: list[int]) -> float:
+        if not there:
+            return 0.0
+        seen = torch.tensor([[frame in there for frame in range(len(frames))]])
+        tokens = model.model.encode_video(torch.from_numpy(frames)[None], seen)
+        return float(model.model.similarity(words, model.model.video_levels(tokens, seen)["entity"]))
+
+    value, others = 0.0, [frame for frame in range(len(frames)) if frame != own]
+    for size in range(len(others) + 1):
+        for chosen in combinations(others, size):
+            chance = FRAME_PRESENCE**size * (1 - FRAME_PRESENCE) ** (len(others) - size)
+            value += chance * (score([*chosen, own]) - score(list(chosen)))
+    return value
+
+
 @torch.no_grad()
 def test_an_explanation_is_the_exact_interaction_of_words_and_frames(full: Model, videos: list[str]) -> None:
     found = full.explain(videos[1], "red ball")
     assert found.words[0] == "[start]" and found.words[-1] == "[end]"
     assert found.words[1:-1] == ["red", "ball"]  # one of several pieces
     assert found.times == [0.0, 0.1, 0.2] and found.frames.shape == (3, SIZE, SIZE, 3)
+    assert found.word_values.shape == (4,) and not found.word_values[[0, -1]].any()
+    # The last frame's value, by its definition: all coalitions of the other two, with both words there.
+    assert found.frame_values[2] == pytest.approx(value_of_frame(full, "red ball", found.frames, 2), abs=1e-5)
     ids, mask = tokenize(full.tokenizer, ["red ball"], WORDS)
     ids, mask = ids[:, : mask.sum()], mask[:, : mask.sum()]
     frames = frames_of(videos[1])

@@ -32,12 +32,12 @@ from tests.support.training_shards import FRAMES, SIZE, tiny_model
 
 WORDS = 12
 CASES = {
-    "even": ([3, 3], LossSettings(), 1),
-    "uneven": ([4, 1], LossSettings(), 1),
-    "one rank without a clip": ([5, 0, 2], LossSettings(), 1),
-    "chunked": ([2, 3, 3], LossSettings(chunk=2), 1),
-    "in pieces": ([3, 1, 2, 2], LossSettings(), 2),
-    "published": ([2, 3, 1, 2], LossSettings(objective="published"), 1),
+    "even": ([3, 3], LossSettings(interaction=1.0, distillation=2.0), 1),
+    "uneven": ([4, 1], LossSettings(interaction=1.0, distillation=2.0), 1),
+    "one rank without a clip": ([5, 0, 2], LossSettings(interaction=1.0, distillation=2.0), 1),
+    "chunked": ([2, 3, 3], LossSettings(interaction=1.0, distillation=2.0, chunk=2), 1),
+    "in pieces": ([3, 1, 2, 2], LossSettings(interaction=1.0, distillation=2.0), 2),
+    "published": ([2, 3, 1, 2], LossSettings(interaction=1.0, distillation=2.0, objective="published"), 1),
 }
 
 
@@ -102,7 +102,12 @@ def learn_split(rank: int, pieces: int) -> tuple[dict[str, Tensor], float, dict[
     optimizer = make_optimizer(model, OptimSettings(lr=1e-2))
     batch = tuple(tensor.split([2, 1, 0, 3])[rank] for tensor in global_batch(6))
     cut = list(zip(*(tensor.tensor_split(pieces) for tensor in batch), strict=True))
-    backward(lambda piece: wrapped(*piece), cut, LossSettings(), lambda on: averaging(wrapped, on))
+    backward(
+        lambda piece: wrapped(*piece),
+        cut,
+        LossSettings(interaction=1.0, distillation=2.0),
+        lambda on: averaging(wrapped, on),
+    )
     average_scalars(model, place, settings)
     gradients = {
         name: full_tensor(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
@@ -142,7 +147,7 @@ def test_ranks_give_the_loss_and_gradient_of_one_process(results: list[dict], na
 def test_split_weights_take_the_step_of_whole_ones(results: list[dict], pieces: int) -> None:
     model = fresh_model()
     optimizer = make_optimizer(model, OptimSettings(lr=1e-2))
-    contrast(model(*global_batch(6)), LossSettings())["loss"].backward()
+    contrast(model(*global_batch(6)), LossSettings(interaction=1.0, distillation=2.0))["loss"].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -193,8 +198,10 @@ def test_in_chunks_the_pairwise_tensor_is_never_whole(chunk: int | None) -> None
 def test_pieces_give_the_gradient_of_the_whole_batch(pieces: int) -> None:
     batch = global_batch(5)
     one, several = fresh_model(), fresh_model()
-    losses, expected = learn(one, one, batch, LossSettings(), 1)
-    in_pieces, gradients = learn(several, several, batch, LossSettings(), pieces)
+    losses, expected = learn(one, one, batch, LossSettings(interaction=1.0, distillation=2.0), 1)
+    in_pieces, gradients = learn(
+        several, several, batch, LossSettings(interaction=1.0, distillation=2.0), pieces
+    )
     assert in_pieces == pytest.approx(losses, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
@@ -202,13 +209,15 @@ def test_pieces_give_the_gradient_of_the_whole_batch(pieces: int) -> None:
 
 def test_a_batch_without_a_clip_has_loss_zero_and_leaves_the_gradient_alone() -> None:
     model = fresh_model()
-    losses, gradients = learn(model, model, global_batch(0), LossSettings(), 1)
+    losses, gradients = learn(
+        model, model, global_batch(0), LossSettings(interaction=1.0, distillation=2.0), 1
+    )
     assert losses == {"loss": 0.0}
     assert all(not gradient.any() for gradient in gradients.values())
 
 
 def test_a_gradient_through_detached_tokens_is_the_plain_one(tmp_path: Path) -> None:
-    batch, settings = global_batch(4), LossSettings()
+    batch, settings = global_batch(4), LossSettings(interaction=1.0, distillation=2.0)
     plain, cut = fresh_model(), fresh_model()
     encoded: Encoded = plain(*batch)
     contrast(encoded, settings)["loss"].backward()

@@ -211,13 +211,14 @@ def test_a_limit_of_steps_ends_the_run_inside_an_epoch(shards: Path, tmp_path: P
     assert TrainConfig.from_json(json.dumps(state["config"])).optim.steps == 2
 
 
-def test_flops_are_those_that_torch_counts(shards: Path) -> None:
+@pytest.mark.parametrize("stem", [0, 16])
+def test_flops_are_those_that_torch_counts(shards: Path, stem: int) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hbi.model.config import ModelConfig
+    from hbi.model.config import ModelConfig, TowerConfig
 
-    config = ModelConfig()
+    config = ModelConfig(towers=TowerConfig(stem=stem))
     model = HBI(config)
     size = config.towers.image_size
     batch = (

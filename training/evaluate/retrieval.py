@@ -22,6 +22,7 @@ from hbi.training.answers import training_answers
 from hbi.training.evaluate.answers import HeadResult, evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import EncodedSplit, NothingToMeasure, SplitEncoder, level_weights, share
+from hbi.training.evaluate.explanations import explanation_metrics
 from hbi.training.init import ModelSource, load_named
 from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
@@ -125,11 +126,14 @@ def evaluate_named(
     shards: str,
     split: str = "test",
     protocol: EvalProtocol | None = None,
+    explanations: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
     """`hbi evaluate`: metrics of what a model can do on a split, every clip of which must be readable.
 
     That is retrieval, and answers and captions where the model has the heads and the split the questions.
+
+    explanations: how many matches to explain, for `explanation_metrics`.
 
     Raises ValueError, in one line, where the model, the shards or the split are not there or do not fit.
     """
@@ -165,4 +169,6 @@ def evaluate_named(
                 nothing.append(error)
     if not metrics:
         raise nothing[0]
+    if explanations:
+        metrics |= explanation_metrics(model.cpu().eval(), tokenizer, index, split, explanations)
     return metrics

@@ -25,8 +25,9 @@ def msrvtt() -> TrainConfig:
     --size 224`, `hbi train msrvtt --data SHARDS`.
 
     Published (README and code of V1): ViT-B/32, 2 GPUs, batch 128 in all, 5 epochs over captions (100 of ours), 24
-    words, 12 frames, lr 1e-4 and 1e-7 for CLIP, warm-up 0.1, weight decay 0.2, kl 2, skl 1. Expected: t2v R@1 48.2
-    with the released estimator (README); others retrained to less than 48.5 (issue 12). Scores of V2 are not known.
+    words, 12 frames, lr 1e-4 and 1e-7 for CLIP, warm-up 0.1, weight decay 0.2, kl 2, skl 1 (`LossSettings`
+    has the same strength in our reductions). Expected: t2v R@1 48.2 with the released estimator (README); others
+    retrained to less than 48.5 (issue 12). Scores of V2 are not known.
 
     Different here: the exact interaction is the target instead of a pretrained estimator's; padding is absent from all
     levels; the logit scale counts in the distillation; gradients through the gather are whole; CLIP's weights are
@@ -66,7 +67,7 @@ def msrvtt_published() -> TrainConfig:
         base,
         name="msrvtt-published",
         model=replace(base.model, estimator=True, masking="published"),
-        loss=LossSettings(objective="published", target="estimator"),
+        loss=LossSettings(interaction=1.0, distillation=2.0, objective="published", target="estimator"),
     )
 
 
@@ -99,7 +100,7 @@ def activitynet() -> TrainConfig:
         base,
         name="activitynet",
         model=replace(base.model, words=64, frames=64),
-        loss=replace(base.loss, chunk=32),
+        loss=replace(base.loss, interaction=1 / 64, chunk=32),
         data=replace(base.data, paragraph=True, accumulate=2),
         optim=replace(base.optim, epochs=10),
         workers=replace(base.workers, count=8),
