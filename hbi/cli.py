@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import subcommand
 
-from hbi.commands import cluster, corpora, demo, search, training
+from hbi.commands import cluster, corpora, demo, heads, search, training
 from hbi.infra.cluster.attempts import MISTAKE
 from hbi.infra.project import ROOT
 from hbi.signals import end_on_signal, stop_ray
@@ -31,6 +31,11 @@ CONTENTS: dict[str, dict[str, type]] = {
         "promote": training.Promote,
     },
     "Search": {"index": search.BuildIndex, "search": search.Search, "serve": search.Serve},
+    "What a model says of a video": {
+        "answer": heads.Answer,
+        "caption": heads.Caption,
+        "classify": heads.Classify,
+    },
     "On a cluster": {"submit": cluster.Submit},
 }
 COMMANDS = {name: command for group in CONTENTS.values() for name, command in group.items()}
