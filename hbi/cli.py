@@ -1,6 +1,7 @@
 """The front door: finds the command, turns an error into one line, and ends what was started."""
 
 import difflib
+import io
 import os
 import sys
 import traceback
@@ -23,6 +24,7 @@ CONTENTS: dict[str, dict[str, type]] = {
         "import-dataset": corpora.ImportDataset,
         "split": corpora.Split,
         "shard": corpora.Shard,
+        "inspect": corpora.Inspect,
     },
     "Training": {
         "train": training.Train,
@@ -44,6 +46,9 @@ COMPLETION = "--tyro-print-completion"
 
 def main() -> None:
     """Runs one command; exits with 0 on success only, 1 on an error, 2 on a mistake of the user's."""
+    for stream in (sys.stdout, sys.stderr):  # file names that are not UTF-8 are printed as they are
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     try:
         status = _main([arg for arg in sys.argv[1:] if arg != "--debug"], debug="--debug" in sys.argv[1:])
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from hbi.commands.arguments import Manifest, Out, Path
+from hbi.commands.arguments import Manifest, Out, Path, Shards
 from hbi.pipelines.sharding.settings import ShardSettings
 
 
@@ -106,8 +106,41 @@ class Shard:
     """How clips become samples."""
     report: Path = None
     """Path of an HTML page to write: contact sheets, histograms, failures."""
+    verify: bool = False
+    """Read the tars that are there, and make those anew whose bytes are not those that were written."""
 
     def run(self) -> None:
         from hbi.pipelines.sharding.run import shard
 
-        print(shard(self.manifest, self.out, self.settings, self.report))
+        print(shard(self.manifest, self.out, self.settings, self.report, self.verify))
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a shard folder holds, or show one sample of it: its json, and its frames as a picture.
+
+    Example: hbi inspect shards 17 --picture sample.png
+    """
+
+    shards: Shards
+    """A folder that `hbi shard` wrote, local or s3://."""
+    key: Annotated[Positional[str | None], arg(metavar="KEY")] = None
+    """A sample's key: the number of its manifest row."""
+    split: str | None = None
+    """This split only; all of them otherwise."""
+    picture: Path = None
+    """Where the sample's frames go, a PNG (default: KEY.png)."""
+
+    def run(self) -> None:
+        from hbi.infra import storage
+        from hbi.pipelines.sharding.inspect import contact_sheet, contents, describe_sample, find_sample
+
+        if self.key is None:
+            for split, held in contents(self.shards, self.split).items():
+                print(f"{self.shards}, split {split}\n{held}")
+            return
+        sample = find_sample(self.shards, self.key, self.split)
+        picture = self.picture or f"{sample.key}.png"
+        storage.write_bytes(picture, contact_sheet(sample))
+        print(describe_sample(sample))
+        print(f"{picture}: its {len(sample.frames)} frames")

@@ -61,6 +61,13 @@ def refusal(head: bytes, size: int) -> str | None:
     return None
 
 
+def begins_as_video(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a video format."""
+    boxes = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+    transport = head[:1] == b"G" and head[188:189] in (b"G", b"")
+    return boxes or transport or head.startswith(KNOWN)
+
+
 def _is_text(head: bytes) -> bool:
     control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head)
     try:

@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,33 +23,44 @@ from hbi.pipelines.sharding.report import Page
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError
 from hbi.pipelines.sharding.summary import Summary
+from hbi.pipelines.sharding.verify import verified
 from hbi.pipelines.sharding.workers import drop_duplicates, make_shards
 
 
 def shard(
-    manifest: str, out: str, settings: ShardSettings | None = None, report: str | None = None
+    manifest: str,
+    out: str,
+    settings: ShardSettings | None = None,
+    report: str | None = None,
+    verify: bool = False,
 ) -> Summary:
     """Makes the shards of a manifest that `out` lacks, on every CPU, and accounts for every row.
 
     manifest: JSON Lines or Parquet, local or s3://. out: folder or s3:// URI. report: path of an HTML page to write.
+    verify: read the tars that are there, and make those anew whose bytes are not those that were recorded.
     Uses the Ray that is running, or starts one and stops it. ValueError for a manifest or folder that will not do;
     ShardError for what stopped it half-way: the same call goes on from there.
     """
     settings = settings or ShardSettings()
     out = storage.absolute(out)
     summary = Summary(out)
+    print(f"plan: reading {manifest}", file=sys.stderr, flush=True)  # Ray's start is long and silent
     with _in_words(out), _alone(out):
         clock = time.monotonic()
         planned = _plan(manifest, out, settings)
         missing = []
-        for shard_plan, record in unfinished(out, planned.shards):
+        there = list(unfinished(out, planned.shards))
+        for shard_plan, record in verified(out, there) if verify else there:
             if record is None:
                 missing.append(shard_plan)
             else:
                 summary.kept += record.rows
+        if verify:
+            summary.damaged = len(missing) - sum(record is None for _, record in there)
         summary.plan_seconds = time.monotonic() - clock
         if missing:
             clock = time.monotonic()
+            print(f"shard: {len(missing):,} shards to make; workers start", file=sys.stderr, flush=True)
             with ray_running():
                 summary.start_seconds = time.monotonic() - clock
                 require_shared({"MANIFEST": storage.parent(storage.absolute(manifest)), "OUT": out})

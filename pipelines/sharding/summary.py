@@ -29,6 +29,8 @@ class Summary:
     """Tars."""
     kept: int = 0
     """Rows whose shards were there from an earlier run."""
+    damaged: int = 0
+    """Tars whose bytes were not those that were recorded, made anew."""
     clip_seconds: float = 0.0
     """Length of all samples together."""
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -79,6 +81,8 @@ class Summary:
             )
         if self.kept:
             lines.append(f"  kept      {self.kept:,} rows of an earlier run")
+        if self.damaged:
+            lines.append(f"  damaged   {self.damaged:,} tars had other bytes than were written: made anew")
         if self.decoders:
             lines.append(
                 "  decoders  " + ", ".join(f"{n:,} {name}" for name, n in self.decoders.most_common())

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_a_folder_becomes_a_manifest(tmp_path: Path) -> None:
     names.append(os.fsdecode(b"\xff.mov"))
     for name in [*names, "notes.txt", "pic.jpg", ".hidden", "sub/b.json"]:
         (videos / name).parent.mkdir(parents=True, exist_ok=True)
-        (videos / name).write_bytes(b"x")
+        (videos / name).write_bytes(b"\x1aE\xdf\xa3")
     (videos / "folder.mp4").mkdir()
     (videos / "dangling.mp4").symlink_to("gone")
     count = folder_manifest(str(videos), str(tmp_path / "m.jsonl"))
@@ -265,3 +266,33 @@ def test_a_folder_becomes_a_manifest(tmp_path: Path) -> None:
     assert {"a", "sub/b", "same.mp4", "same.webm", "noext"} <= {row.id for row in rows}
     with pytest.raises(ValueError, match="no videos in it"):
         folder_manifest(str(tmp_path / "empty"), str(tmp_path / "n.jsonl"))
+
+
+def test_what_lies_beside_videos_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    for name in (".plan/lock", "shards/.plan/lock", ".git/x.mp4", "LICENSE", "Makefile", "empty"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if name.endswith("empty") else b"words, and no video\n")
+    assert folder_manifest(str(tmp_path), str(tmp_path / "m.jsonl")) == 1
+
+
+def test_ids_stay_apart_whatever_becomes_of_them(tmp_path: Path) -> None:
+    """Of case, of composed letters, of an extension that is another's name."""
+    names = [
+        "x/clip.mp4",
+        "y/clip.mp4",
+        "v.mp4",
+        "v.webm",
+        "v.mp4.mkv",
+        "é.mp4",
+        "e\u0301.avi",
+        "A.mp4",
+        "a.avi",
+    ]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    folder_manifest(str(tmp_path / "in"), str(tmp_path / "m.jsonl"))
+    ids = [row.id for row in read_manifest(str(tmp_path / "m.jsonl"))]
+    folded = {unicodedata.normalize("NFC", id).casefold() for id in ids}
+    assert len(folded) == len(ids) == len(names) and {"x/clip", "y/clip"} <= set(ids)
