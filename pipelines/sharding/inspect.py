@@ -62,7 +62,7 @@ class Contents:
 def contents(folder: str, split: str | None = None) -> dict[str, Contents]:
     """What each split holds, by its name. ValueError for a folder that is none, and a split that it lacks.
 
-    From the commit records; a tar whose record is not there (a copied folder) is read.
+    From the commit records; a tar whose record is not there (a copied folder), or says too little, is read.
     """
     index = ShardIndex.read(folder)
     shards = index.of_split(split) if split is not None else [s for s in index.shards if s.samples]
@@ -74,7 +74,7 @@ def contents(folder: str, split: str | None = None) -> dict[str, Contents]:
         held.shards += 1
         held.samples += shard.samples
         held.bytes += shard.bytes
-        if record is not None:
+        if record is not None and all(clip.captions >= 0 for clip in record.clips):
             clips = record.clips
         else:
             with storage.open_file(index.path(shard)) as stream:

@@ -53,8 +53,8 @@ class ClipStats:
     decoder: str
     truncated: bool = False
     """Its source breaks off before its end."""
-    captions: int = 0
-    """How many it has."""
+    captions: int = -1
+    """How many it has; -1 in records of an older version, which do not say."""
 
 
 @dataclass(frozen=True)
