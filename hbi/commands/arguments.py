@@ -5,7 +5,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 Manifest = Annotated[Positional[str], arg(metavar="MANIFEST")]
-"""JSON Lines or Parquet, local or s3://."""
+"""JSON Lines, CSV, TSV or Parquet, local or remote."""
 Shards = Annotated[Positional[str], arg(metavar="SHARDS")]
 """A folder that `hbi shard` wrote, local or s3://."""
 Model = Annotated[Positional[str], arg(metavar="MODEL")]

@@ -70,7 +70,7 @@ class Split:
     """
 
     manifest: Manifest
-    """JSON Lines or Parquet, local or s3://."""
+    """JSON Lines, CSV, TSV or Parquet, gzip or not, local or remote."""
     out: Annotated[Positional[str], arg(metavar="OUT.jsonl")]
     """The manifest to write."""
     by: Literal["stride", "shots"] = "stride"
@@ -99,7 +99,7 @@ class Shard:
     """
 
     manifest: Manifest
-    """JSON Lines or Parquet, local or s3://; one row a clip."""
+    """JSON Lines, CSV, TSV or Parquet, gzip or not, local or remote; one row a clip."""
     out: Out
     """Folder or s3:// URI for the tars, index.json and failures.jsonl."""
     settings: Annotated[ShardSettings, arg(name="")] = field(default_factory=ShardSettings)

@@ -148,15 +148,14 @@ def _write(
             put(part)
     if not count:
         raise ValueError(f"{manifest}: no rows: a manifest has one clip a line")
-    made = Plan(identity, count, shard_plans)
     content = {
         "version": VERSION,
         "identity": identity,
         "rows": count,
-        "units": [astuple(shard_plan) for shard_plan in shard_plans],
+        "units": list(map(astuple, shard_plans)),
     }
     storage.write_bytes(place, json.dumps(content).encode())
-    return made
+    return Plan(identity, count, shard_plans)
 
 
 def _digest(manifest: str) -> str:
