@@ -105,7 +105,7 @@ def checkpoint_seconds(towers: str) -> dict[str, float]:
         checkpoints = Checkpoints(folder, 1, "val/t2v/R@1", HERE)
         start = time.perf_counter()
         checkpoints.save(
-            lambda part: write_checkpoint(part, state, Progress(1), None, config, ""), Progress(1)
+            lambda part: write_checkpoint(part, state, Progress(1), None, config, {"data": ""}), Progress(1)
         )
         seconds = time.perf_counter() - start
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

@@ -1,9 +1,12 @@
 """Retrieval metrics: recall, median and mean rank, both ways, ties without favour.
 
-Every query is treated alike in both directions. A text's positive is its one video; a video's positives are all its
-captions, of which the best-ranked counts. The rank of a query is 1 + the number of negatives placed before its best
-positive. Where scores tie, the order is taken as uniformly random and *expectations* are reported: with g negatives
-above the best positive, e negatives and p positives that tie with it, the tied block of e + p is shuffled, so
+A text's positive is its one video. A video is ranked against videos too (`v2t/`): each counts by the best of its
+captions, as the published evaluations have it, whatever their number. `v2t-single/` ranks it against single captions,
+of which its own best-ranked counts; with one caption a video the two are the same.
+
+The rank of a query is 1 + the number of negatives placed before its best positive. Where scores tie, the order is
+taken as uniformly random and *expectations* are reported: with g negatives above the best positive, e negatives and
+p positives that tie with it, the tied block of e + p is shuffled, so
 
     P(rank <= K) = 1 - C(e, K - g) / C(e + p, K - g),        E[rank] = g + (e + p + 1) / (p + 1).
 
@@ -20,6 +23,7 @@ All of it works on blocks of rows, so the extra memory is some times `BLOCK` ele
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,7 +46,8 @@ def retrieval_metrics(
     text_bank: Float[Tensor, "bank_texts videos"] | None = None,
     video_bank: Float[Tensor, "texts bank_videos"] | None = None,
 ) -> dict[str, float]:
-    """Text-to-video (`t2v/`) and video-to-text (`v2t/`): R@1, R@5, R@10, R@50 in percent, MdR, MnR from rank 1.
+    """Text-to-video (`t2v/`), video-to-text (`v2t/`, the published way) and video to single captions (`v2t-single/`):
+    R@1, R@5, R@10, R@50 in percent, MdR, MnR from rank 1.
 
     `video_of_text[i]` is the column of the video that text i describes; without it the matrix must be square and
     text i describes video i. Videos without a text are no v2t queries, but stay in the gallery of t2v.
@@ -60,28 +65,38 @@ def retrieval_metrics(
     text_label = _text_labels(video_of_text, texts, videos).to(scores.device)
     video_label = torch.arange(videos, device=scores.device)
 
+    captioned = text_label.unique()
+    by_video = best_of_captions(scores, text_label)  # [captioned, videos]
+    ways = {"t2v": (scores, text_label, video_label), "v2t": (by_video.T, video_label, captioned)}
     metrics: dict[str, float] = {}
-
-    def add(name: str, correction: Correction | None = None) -> None:
-        if name.startswith("t2v"):
-            metrics.update(_summary(name, scores, text_label, video_label, correction))
-        else:
-            metrics.update(_summary(name, scores.T, video_label, text_label, correction))
-
-    add("t2v")
-    add("v2t")
+    for name, (matrix, query_label, gallery_label) in ways.items():
+        metrics |= _summary(name, matrix, query_label, gallery_label, None)
+    metrics |= _summary("v2t-single", scores.T, video_label, text_label, None)
     if dsl_temperature is not None:
-        for name, matrix in (("t2v+dsl", scores), ("v2t+dsl", scores.T)):
+        for name, (matrix, query_label, gallery_label) in ways.items():
             sums = column_log_sums(matrix, dsl_temperature)
-            add(name, lambda rows, sums=sums: dual_softmax(rows, sums, dsl_temperature))
-    for name, bank in (
-        ("t2v+qbnorm", text_bank),
-        ("v2t+qbnorm", None if video_bank is None else video_bank.T),
-    ):
+            correct = partial(dual_softmax, log_sums=sums, temperature=dsl_temperature)
+            metrics |= _summary(f"{name}+dsl", matrix, query_label, gallery_label, correct)
+    banks = {
+        "t2v": text_bank,
+        "v2t": None if video_bank is None else best_of_captions(video_bank, text_label).T,
+    }
+    for name, bank in banks.items():
         if bank is not None:
+            matrix, query_label, gallery_label = ways[name]
             sums, hubs = column_log_sums(bank, QUERYBANK_TEMPERATURE), querybank_hubs(bank)
-            add(name, lambda rows, sums=sums, hubs=hubs: querybank_norm(rows, sums, hubs))
+            correct = partial(querybank_norm, log_sums=sums, hubs=hubs)
+            metrics |= _summary(f"{name}+qbnorm", matrix, query_label, gallery_label, correct)
     return metrics
+
+
+def best_of_captions(
+    scores: Float[Tensor, "texts columns"], video_of_text: Int[Tensor, "texts"]
+) -> Float[Tensor, "captioned columns"]:
+    """For each video that has texts, in the order of their numbers, the best score of its texts in each column."""
+    videos, own = video_of_text.unique(return_inverse=True)
+    best = scores.new_full((len(videos), scores.shape[1]), -torch.inf)
+    return best.scatter_reduce_(0, own[:, None].expand_as(scores), scores, "amax")
 
 
 def recall_curve(ranks: Float[Tensor, "queries"], longest: int) -> Float[Tensor, "longest"]:

@@ -1,13 +1,15 @@
 """Texts to token ids: CLIP's tokenizer, or a small one of our own, and the padded batch that the model takes."""
 
+import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hbi.model.heads.beam import Marks
 
@@ -77,10 +79,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     )
 
 
+def clean_caption(text: str) -> str:
+    """A text as CLIP's reference cleans it: mojibake, ligatures and curly quotes mended (ftfy), HTML entities read
+    (twice, for those escaped twice), white space made one space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], words: int
 ) -> tuple[Int[Tensor, "batch {words}"], Bool[Tensor, "batch {words}"]]:
     """Token ids and mask: start, the text, end; a long text is cut and keeps its end; padding has id 0.
+
+    CLIP's tokenizer gets its texts cleaned as CLIP's reference cleans them; others keep their own rules.
 
     ValueError where `words` has no room for start and end.
     """
@@ -90,6 +100,8 @@ def tokenize(
     mask = torch.zeros(len(texts), words, dtype=torch.bool)
     if not len(texts):
         return input_ids, mask
+    if isinstance(tokenizer, CLIPTokenizer):
+        texts = [clean_caption(text) for text in texts]
     # A mark that a caption spells out is text like any other.
     encoded: Any = tokenizer(list(texts), truncation=True, max_length=words, split_special_tokens=True)
     for row, ids in enumerate(encoded["input_ids"]):

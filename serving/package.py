@@ -19,6 +19,7 @@ PACKAGE = ModelPackage(
         "mlflow",
         "torch",
         "transformers",
+        "ftfy",
         "safetensors",
         "numpy",
         "pandas",

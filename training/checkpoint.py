@@ -6,6 +6,7 @@ weights where an average is evaluated) and `state.json`. Nothing is pickled.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -155,22 +157,33 @@ def _set_random_states(tensors: dict[str, Tensor], process: Process) -> None:
 
 
 def write_checkpoint(
-    folder: Path, state: State, progress: Progress, tokenizer: Any, config: TrainConfig, data: str
+    folder: Path, state: State, progress: Progress, tokenizer: Any, config: TrainConfig, about: dict[str, Any]
 ) -> None:
-    """Fills a folder. Collective: every rank takes part, the first writes. data: the digest of the shards."""
-    tensors = state.snapshot()
+    """Fills a folder. Collective: every rank takes part, the first writes. about: `data`, the digest of the shards, and
+    `tracked`, for `read_tracked`."""
+    tensors, failure = state.snapshot(), None
     if state.process.first:  # before the average takes the live weights' place: on a CPU these are not copies
-        save_file(tensors, folder / TRAINING)
+        try:
+            save_file(tensors, folder / TRAINING)
+        except (OSError, SafetensorError) as error:  # after what all ranks do together
+            failure = error
     with state.served() as model:
-        if state.process.first:
+        if state.process.first and failure is None:
             save_model(model, folder, tokenizer)
-            about = {"progress": progress.to_dict(), "config": json.loads(config.to_json()), "data": data}
-            (folder / STATE).write_text(json.dumps(about, indent=2))
+            held = {"progress": progress.to_dict(), "config": json.loads(config.to_json()), **about}
+            (folder / STATE).write_text(json.dumps(held, indent=2))
+    if failure is not None:
+        raise failure
 
 
 def read_progress(folder: Path) -> Progress:
     """How far the run was that wrote this checkpoint."""
     return Progress.from_dict(json.loads((folder / STATE).read_text())["progress"])
+
+
+def read_tracked(folder: Path) -> list[tuple[dict[str, float], int]]:
+    """What was tracked between the checkpoint before and this one: metrics and their step."""
+    return [(metrics, step) for metrics, step in json.loads((folder / STATE).read_text()).get("tracked", [])]
 
 
 def check_checkpoint(folder: Path, where: str, config: TrainConfig, data: str) -> None:
@@ -193,6 +206,17 @@ def check_checkpoint(folder: Path, where: str, config: TrainConfig, data: str) -
         )
 
 
+def changed_schedule(folder: Path, config: TrainConfig) -> list[str]:
+    """The settings of a checkpoint's run that shape the schedule and are others now, as `optim.epochs 2 -> 4`."""
+    state = json.loads((folder / STATE).read_text())
+    theirs = flatten(asdict(TrainConfig.from_json(json.dumps(state["config"]))))
+    return [
+        f"{name} {theirs[name]} -> {value}"
+        for name, value in flatten(asdict(config)).items()
+        if name.startswith(("optim.", "data.batch")) and theirs[name] != value
+    ]
+
+
 class Checkpoints:
     """The checkpoints of a run, in a local folder or under an s3:// prefix, with Ray and without.
 
@@ -209,7 +233,7 @@ class Checkpoints:
         found = [
             storage.parent(path)
             for path in storage.list_files(self.folder, True)
-            if path.endswith("/" + STATE)
+            if path.endswith("/" + STATE) and "/.part-" not in path
         ]
         return sorted(found)
 
@@ -230,16 +254,39 @@ class Checkpoints:
         return next(reversed(self._ranked()), None)
 
     def save(self, write: Callable[[Path], None], progress: Progress) -> None:
-        """Keeps what `write` puts into a folder. Collective: every rank calls it, none goes on before it is kept."""
-        with tempfile.TemporaryDirectory(prefix="hbi-checkpoint-") as part:
-            write(Path(part))
+        """Keeps what `write` puts into a folder. Collective: every rank calls it, none goes on before it is kept.
+
+        ValueError on all ranks where a disk is full or cannot be written to: it names the folder, in which the earlier
+        checkpoints stay and nothing partial does.
+        """
+        name = f"epoch-{progress.position.epoch:05d}-step-{progress.step:08d}"
+        target, failure = storage.join(self.folder, name), None
+        try:
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=self._staging()) as part:
+                write(Path(part))
+                if self.process.first:
+                    self._remove(target)  # a process may have died while it wrote this
+                    for file in Path(part).iterdir():
+                        flush(file)
+                    storage.put_files(Path(part).iterdir(), target, last=STATE, move=True)
+                    self._prune()
+        except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
             if self.process.first:
-                name = f"epoch-{progress.position.epoch:05d}-step-{progress.step:08d}"
-                target = storage.join(self.folder, name)
-                self._remove(target)  # a process may have died while it wrote this
-                storage.put_files(Path(part).iterdir(), target, last=STATE, move=True)
-                self._prune()
-        self.process.barrier()
+                self._remove(target)
+            failure = f"{target} cannot be written ({error})"
+        failures = self.process.gather_messages(failure)
+        if failures:
+            raise ValueError(
+                f"{failures[0]}: make room there, or give fewer checkpoints (--set.checkpoint.keep {self.keep}), and "
+                f"run again; the last good checkpoint is {self.latest() or 'none'}"
+            )
+
+    def _staging(self) -> str | None:
+        """Where a checkpoint is written first: on the disk that it goes to, so that it is moved and not copied."""
+        if storage.is_remote(self.folder) or not self.process.first:
+            return None
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        return self.folder
 
     def _prune(self) -> None:
         latest = self.latest()
@@ -255,6 +302,12 @@ class Checkpoints:
             storage.delete(file)
         if not storage.is_remote(path) and Path(path).is_dir():
             Path(path).rmdir()
+
+
+def flush(file: Path) -> None:
+    """Brings a file from the system's memory to its disk, so that a rename after it holds over a power cut."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -1,17 +1,22 @@
 """Models by name (a folder, the registry, a published checkpoint), and a run that begins from one."""
 
+import http.client
 import json
+import re
 import tempfile
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer
-from hbi.model.weights import CONFIG, load_model, load_published, read_config, save_model
+from hbi.model.weights import CONFIG, build_model, load_model, load_published, read_config, save_model
 from hbi.training.answers import TRAINED, trained_on
 from hbi.training.checkpoint import fetched
 from hbi.training.settings import TrainConfig
@@ -19,6 +24,8 @@ from hbi.training.settings import TrainConfig
 INIT = "start"
 """The folder of a run that holds the model it began from."""
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+REACH_SECONDS = 15.0
+"""How long the hub may take to say that it has a backbone."""
 PUBLISHED = (".bin", ".pt", ".pth", ".safetensors")
 """How the name of a published checkpoint in object storage ends; anything else there is a folder."""
 ADDED = ("reconstruction.", "answerer.", "captioner.")
@@ -68,23 +75,75 @@ def load_named(source: ModelSource, frames: int | None = None) -> tuple[HBI, Any
 
 
 def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfig:
-    """The configuration with the sizes of the model that `config.init_from` names, which is kept as OUT/start.
+    """The configuration with the sizes of the model that the run begins from, which is kept as OUT/start.
 
-    There every worker finds it, and a run that is taken up again, whatever became of the original.
+    That is the model of `config.init_from`, or a fresh one around `config.model.backbone`, fetched once and here,
+    before any worker starts. In OUT every worker finds it, and a run that is taken up again, whatever became of the
+    original. ValueError, in one line, where it is not to be had, or OUT holds one of other sizes.
     """
-    if not config.init_from:
+    if not has_init(config):
         return config
     wanted, folder = config.model, storage.join(out, INIT)
     if not storage.exists(storage.join(folder, CONFIG)):
-        source = ModelSource(config.init_from, tracking, wanted.backbone or None, wanted.words)
-        model, tokenizer = load_named(source, wanted.frames)
+        if config.init_from:
+            source = ModelSource(config.init_from, tracking, wanted.backbone or None, wanted.words)
+            model, tokenizer = load_named(source, wanted.frames)
+        else:
+            require_reachable(wanted.backbone)
+            torch.manual_seed(config.seed)
+            model, tokenizer = build_model(wanted), _backbone_tokenizer(wanted.backbone)
         with tempfile.TemporaryDirectory() as made:
             save_model(model, made, tokenizer)
             (Path(made) / TRAINED).write_text(json.dumps(trained_on(config.init_from, tracking)))
             storage.put_files(Path(made).iterdir(), folder, last=CONFIG)
     with fetched(folder) as local:
         held = read_config(local)
-    return replace(config, model=replace(held, **_choices(wanted, held)))
+    held = replace(held, **_choices(wanted, held))
+    if not config.init_from and held != replace(wanted, towers=held.towers):
+        raise ValueError(
+            f"{folder} is a model of other sizes than the run asks for: give this one another --out"
+        )
+    return replace(config, model=held)
+
+
+def has_init(config: TrainConfig) -> bool:
+    """Whether the run begins from the model in OUT/start, and not from fresh weights."""
+    return bool(config.init_from or config.model.backbone)
+
+
+def require_reachable(backbone: str) -> None:
+    """ValueError, within seconds, where a backbone is neither a folder, nor in the cache, nor to be had by network.
+
+    Left to itself the hub's client tries for minutes, in every worker anew.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if Path(backbone).is_dir():
+        return
+    mend = "give a folder that holds it (--set.model.backbone FOLDER), or fetch it where there is a network"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone):
+        raise ValueError(f"--set.model.backbone {backbone}: no such folder, and no name of a model: {mend}")
+    if isinstance(huggingface_hub.try_to_load_from_cache(backbone, "config.json"), str):
+        return
+    url = f"{constants.ENDPOINT}/{backbone}/resolve/main/config.json"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_SECONDS).close()
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"--set.model.backbone {backbone}: not in the cache of this machine, and {constants.ENDPOINT} does not "
+            f"give it ({error}): {mend}"
+        ) from None
+
+
+def _backbone_tokenizer(backbone: str) -> Any:
+    try:
+        return load_tokenizer(backbone)
+    except OSError as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--set.model.backbone {backbone}: its tokenizer is not at hand ({first})") from None
 
 
 def init_model(config: ModelConfig, folder: str) -> HBI:

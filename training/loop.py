@@ -4,12 +4,14 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from hbi.model.hbi import HBI
+from hbi.model.hbi import HBI, Encoded
 from hbi.model.tokenizer import tokenize
 from hbi.model.weights import build_model, load_estimator
 from hbi.pipelines.sample import ShardIndex, check_shards
@@ -17,9 +19,11 @@ from hbi.training.checkpoint import (
     Checkpoints,
     Progress,
     State,
+    changed_schedule,
     check_checkpoint,
     fetched,
     read_progress,
+    read_tracked,
     write_checkpoint,
 )
 from hbi.training.contrast import backward
@@ -87,20 +91,17 @@ class Training:
         self.state = State(self.model, self.optimizer, self.ema, process)
         self.digest, self.progress = index_digest(index), Progress()
         torch.manual_seed(config.seed * 1_000_003 + process.rank)
+        self.changed: list[str] = []
+        self.tracked: list[tuple[dict[str, float], int]] = []
+        self.saved_step = 0
         latest = self._resume()
-        steps = config.optim.epochs * self.loader.steps_per_epoch
-        self.steps = min(steps, config.optim.steps or steps)
+        self.steps = self._steps_in_all()
         self.bf16 = config.compute.bf16 and has_bf16(process.device)
         self.throughput = Throughput(self.steps - self.progress.step)
         self.step_metrics = StepMetrics(process)
         self.peak = peak_flops(process.device, self.bf16)
         if process.first:
-            begun = f"goes on at step {self.progress.step} from {latest}" if latest else "starts"
-            precision = "bfloat16" if self.bf16 else "float32"
-            hooks.log(
-                f"{config.name} {begun}: {sum(self.loader.samples)} clips, {self.steps} steps of "
-                f"{config.data.batch}, {process.world_size} x {process.device.type} in {precision}"
-            )
+            self._introduce(latest)
 
     def fit(self) -> Progress:
         """Trains to the end of the run; returns where it ended."""
@@ -123,6 +124,42 @@ class Training:
                 self.save()
         return self.progress
 
+    def _steps_in_all(self) -> int:
+        """Those that are done, however many clips each had, and those that are left from here."""
+        settings, at = self.config.optim, self.progress
+        epochs = settings.epochs - at.position.epoch
+        if epochs < 0 or 0 < settings.steps < at.step:
+            raise ValueError(
+                f"the run has done {at.position.epoch} epochs and {at.step} steps, more than --set.optim.epochs "
+                f"{settings.epochs} and --set.optim.steps {settings.steps} ask for: raise them, or give another --out"
+            )
+        left = 0
+        if epochs:
+            left = self.loader.steps_left(at.position) + (epochs - 1) * self.loader.steps_per_epoch
+        return min(at.step + left, settings.steps or at.step + left)
+
+    def _introduce(self, latest: str | None) -> None:
+        """A line that says what begins here, and one for what changes the schedule of a run that goes on."""
+        config, clips = self.config, sum(self.loader.samples)
+        begun = f"goes on at step {self.progress.step} from {latest}" if latest else "starts"
+        precision = "bfloat16" if self.bf16 else "float32"
+        self.hooks.log(
+            f"{config.name} {begun}: {clips} clips, {self.steps} steps of {config.data.batch}, "
+            f"{self.process.world_size} x {self.process.device.type} in {precision}"
+        )
+        if self.changed:
+            settings = config.optim
+            share = schedule(self.progress.step, self.steps, settings.warmup, settings.floor)
+            self.hooks.log(
+                f"changed since that checkpoint: {', '.join(self.changed)}; {self.steps} steps in all, and the "
+                f"learning rate goes on at {share * settings.lr:.3g}"
+            )
+        if clips < config.data.batch:
+            self.hooks.log(
+                f"all {clips} clips of {config.data.split} are one step: they are fewer than --set.data.batch "
+                f"{config.data.batch}, and each caption is told from {clips - 1} others only"
+            )
+
     def over(self) -> bool:
         """Whether all epochs are done, or as many steps as were asked for."""
         settings = self.config.optim
@@ -136,10 +173,18 @@ class Training:
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of the global batch, and its gradient in the weights."""
+        self.finite: list[Tensor] = []
         if batch.task != "retrieval":
             return self.heads.backward(self._encode, batch, lambda on: averaging(self.wrapped, on))
+
+        def encode(micro_batch: tuple[Tensor, ...]) -> Encoded:
+            encoded: Encoded = self._encode(micro_batch)
+            if len(self.finite) < self.config.data.accumulate:  # those of the second pass are the same
+                self.finite.append(finite_clips(encoded))
+            return encoded
+
         return backward(
-            self._encode, self._micro_batches(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
+            encode, self._micro_batches(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
         )
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:
@@ -170,7 +215,8 @@ class Training:
 
     def note(self, batch: Batch, losses: dict[str, Tensor], norm: Tensor) -> None:
         """Adds up what the ranks measured, stops where it must, and now and then says and tracks how it goes."""
-        self.step_metrics.add(self.progress.step, batch, self.throughput.wait, losses, norm)
+        finite = torch.cat(self.finite) if self.finite else torch.ones(len(batch.video), dtype=torch.bool)
+        self.step_metrics.add(self.progress.step, batch, self.throughput.wait, losses, norm, finite)
         self._settle(keep=1 if self.process.device.type == "cuda" else 0)
 
     def _settle(self, keep: int = 0) -> None:
@@ -184,10 +230,10 @@ class Training:
         """Raises TrainingAborted on all ranks alike, for the numbers are those of all ranks."""
         limit = self.config.data.bad_samples
         if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["gradient_norm"]):
-            shards = self.process.gather_messages(", ".join(self.step_metrics.shards[step]))
+            clips = self.process.gather_messages(self.step_metrics.suspects(step))
             raise TrainingAborted(
-                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}; the batch came "
-                f"from {', '.join(shards)}; the last good checkpoint is {self.checkpoints.latest() or 'none'}: "
+                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}; in the batch: "
+                f"{'; '.join(clips)}; the last good checkpoint is {self.checkpoints.latest() or 'none'}: "
                 f"look at those clips, or lower --set.optim.lr ({self.config.optim.lr})"
             )
         if self.step_metrics.unread > limit:
@@ -213,7 +259,7 @@ class Training:
             f"step {step}/{self.steps}  epoch {self.progress.position.epoch + 1}/{self.config.optim.epochs}  "
             f"loss {means['loss']:.4f}  {rate:.1f} clips/s  {clock(left)} left"
         )
-        self.hooks.track(
+        self._track(
             {
                 **{f"train/{name}": value for name, value in means.items()},
                 **{f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups},
@@ -229,6 +275,11 @@ class Training:
             step,
         )
 
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        """Now, and with the next checkpoint, that a run taken up from it has them too."""
+        self.tracked.append((metrics, step))
+        self.hooks.track(metrics, step)
+
     def checkpoint_is_due(self) -> bool:
         """By the number of steps, or because the machine is about to go (asked now and then: all ranks must agree)."""
         step = self.progress.step
@@ -240,13 +291,19 @@ class Training:
     def save(self) -> None:
         """Keeps everything, once the latest losses are known to be finite."""
         self._settle()
+
+        def write(folder: Path) -> None:
+            about = {"data": self.digest, "tracked": self.tracked}
+            write_checkpoint(folder, self.state, self.progress, self.tokenizer, self.config, about)
+
         with self.throughput.paused():
-            self.checkpoints.save(
-                lambda folder: write_checkpoint(
-                    folder, self.state, self.progress, self.tokenizer, self.config, self.digest
-                ),
-                self.progress,
-            )
+            try:
+                self.checkpoints.save(write, self.progress)
+            except ValueError as error:  # of the disk: all ranks have it
+                raise TrainingAborted(str(error)) from error
+        if self.progress.step > self.saved_step:  # of the same step, the evaluation may make a second one
+            self.tracked = [(metrics, step) for metrics, step in self.tracked if step > self.saved_step]
+            self.saved_step = self.progress.step
 
     def evaluate(self) -> None:
         """Measures the served model on the split by which the best checkpoint is chosen, where it is due."""
@@ -263,7 +320,7 @@ class Training:
             self.hooks.log(
                 f"epoch {epoch}  " + "  ".join(f"{name} {value:.1f}" for name, value in chosen.items())
             )
-            self.hooks.track(metrics, self.progress.step)
+            self._track(metrics, self.progress.step)
 
     def _resume(self) -> str | None:
         """Takes up the latest checkpoint, if there is one, and says which."""
@@ -271,9 +328,23 @@ class Training:
         if latest is not None:
             with fetched(latest) as folder:
                 check_checkpoint(folder, latest, self.config, self.digest)
+                self.changed = changed_schedule(folder, self.config)
                 self.state.restore(folder)
                 self.progress = read_progress(folder)
+                if (
+                    self.process.first
+                ):  # a process that died may not have sent them; what is there is not doubled
+                    for metrics, step in read_tracked(folder):
+                        self._track(metrics, step)
+            self.saved_step = self.progress.step
         return latest
+
+
+@torch.no_grad()
+def finite_clips(encoded: Encoded) -> Bool[Tensor, "batch"]:
+    """Which clips the encoders, caption or video, made numbers of."""
+    sides = (encoded.text["entity"].tokens, encoded.video["entity"].tokens)
+    return torch.stack([side.isfinite().flatten(1).all(1) for side in sides]).all(0)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """A training run on a Ray cluster: `TorchTrainer` around the loop, and the model that comes out of it."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,16 +9,17 @@ from typing import Any
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
-from hbi.infra.mlflow.store import tracking_uri
-from hbi.infra.nodes import require_resources, require_shared
+from hbi.infra.mlflow.store import client, require_alive, tracking_uri
+from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import messages, ray_running
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
 from hbi.training.checkpoint import fetched
+from hbi.training.checks import check_cluster, check_splits
 from hbi.training.init import with_init
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
-from hbi.training.worker import CONFIG, MODEL, Job, metrics_prefix, work
+from hbi.training.worker import CONFIG, MODEL, RUN_ID, Job, metrics_prefix, work
 
 RESULT = "result.json"
 
@@ -57,23 +59,26 @@ def train(
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
     index = ShardIndex.read(data)
+    for line in check_splits(config, index):
+        log(line)
     refuse_seen_tests(config, index, tracking, log)
-    config = with_tokenizer(with_init(config, out, tracking), index, out)
-    config = with_vocabulary(config, index, out, log)
-    finished = _finished(config, out)
-    if finished is not None:
-        log(f"{out}: this run is finished; give another --out to train anew")
-        return finished
-    storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
     with ray_running():
-        require_shared(
-            {"--data": data, "--out": out, "--tracking": uri} if uri else {"--data": data, "--out": out}
-        )
-        workers = config.workers
-        count = workers.at_least or workers.count
-        require_resources(f"{count} workers", {"GPU": count * workers.gpus, "CPU": count * workers.cpus})
-        with messages(log) as send:
-            answer = _run_on_ray(Job(config, data, out, uri, send))
+        check_cluster(config)
+        require_shared({"--data": data, "--out": out} | ({"--tracking": uri} if uri else {}))
+        config = with_tokenizer(with_init(config, out, tracking), index, out)
+        config = with_vocabulary(config, index, out, log)
+        finished = _finished(config, out)
+        if finished is not None:
+            log(f"{out}: this run is finished; give another --out to train anew")
+            return finished
+        storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
+        try:
+            with messages(log) as send:
+                answer = _run_on_ray(Job(config, data, out, uri, send))
+        except KeyboardInterrupt:
+            log(f"{out}: interrupted; the same command again goes on from the last checkpoint")
+            _mark_killed(uri, out)
+            raise
     if isinstance(answer, str):
         raise ValueError(answer)
     metrics, run_id = answer
@@ -92,6 +97,18 @@ def train(
     result = TrainResult(folder, metrics, run_id, version)
     storage.write_bytes(storage.join(out, RESULT), json.dumps(asdict(result), indent=2).encode())
     return result
+
+
+def _mark_killed(uri: str, out: str) -> None:
+    """Says so in MLflow, too: the worker that held the run is gone."""
+    known = storage.join(out, RUN_ID)
+    if uri and storage.exists(known):
+        with contextlib.suppress(Exception):  # an end that must not wait for a server that is away
+            require_alive(uri)
+            client(uri).set_terminated(storage.read_bytes(known).decode(), "KILLED")
+            client(uri).set_tag(
+                storage.read_bytes(known).decode(), "interrupted", "run the same command again to go on"
+            )
 
 
 def _finished(config: TrainConfig, out: str) -> TrainResult | None:

@@ -5,6 +5,7 @@ checkpoint. A batch here is always the global batch: what the contrastive loss c
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
@@ -13,6 +14,12 @@ from hbi.model.config import DecodeSettings, LossSettings, ModelConfig
 Task = Literal["retrieval", "qa", "caption"]
 METRICS = {"retrieval": "t2v/R@1", "qa": "qa/accuracy", "caption": "caption/CIDEr"}
 """Tasks, and the metric that each is judged by."""
+
+RETRIEVAL_METRIC = re.compile(r"(t2v|v2t|v2t-single(?!\+))(\+dsl|\+qbnorm)?/(R@(?:1|5|10|50))")
+METRIC_RULE = (
+    "t2v, v2t or v2t-single, then +dsl or +qbnorm where measured, then /R@1, /R@5, /R@10 or /R@50; or the name of a "
+    "task that is trained, with a metric of it, as qa/accuracy or caption/CIDEr"
+)
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,12 @@ class EvalProtocol:
     """Add the metrics with QB-Norm (`t2v+qbnorm/...`), its bank made of so many clips of the train split."""
     batch: int = 64
     """Clips encoded at once."""
-    chunk: int = 256
-    """Texts and videos compared at once: memory is chunk^2 * words * frames floats."""
 
     def __post_init__(self) -> None:
         if len(self.rates) != 3 or min(self.rates) < 0 or not any(self.rates):
             raise ValueError(f"rates is {self.rates}: give three numbers of at least 0, one of them above")
-        for name in ("batch", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, must be at least 1")
         if self.qbnorm < 0:
             raise ValueError(f"qbnorm is {self.qbnorm}: give a number of training clips, or 0 for none")
 
@@ -264,6 +268,7 @@ class TrainConfig:
             ),
             ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
         ]
+        rules.append(("checkpoint.metric", self.metric, *self._measured()))
         for name, value, holds, rule in rules:
             if not holds:
                 raise ValueError(f"--set.{name} {value}: must be {rule}")
@@ -271,7 +276,18 @@ class TrainConfig:
     @property
     def model_flags(self) -> str:
         """Where `hbi train` takes the model's sizes; empty where another model brings them."""
-        return "" if self.init_from else "--set.model."
+        return "" if self.init_from or self.model.backbone else "--set.model."
+
+    def _measured(self) -> tuple[bool, str]:
+        """Whether the metric that chooses is one that this run measures, and the rule that says which are."""
+        task, _, name = self.metric.partition("/")
+        found = RETRIEVAL_METRIC.fullmatch(self.metric)
+        if found is None:
+            return task != "retrieval" and task in self.task and bool(name), METRIC_RULE
+        if found[2]:
+            asked = self.evaluate.dsl if found[2] == "+dsl" else self.evaluate.qbnorm > 0
+            return asked, f"measured: add --set.evaluate.{found[2][1:]}"
+        return "retrieval" in self.task, METRIC_RULE
 
     @property
     def metric(self) -> str:

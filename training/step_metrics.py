@@ -3,14 +3,18 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from hbi.training.data.batch import Batch
 from hbi.training.parallel import Process
 
 logger = logging.getLogger(__name__)
+NAMED_CLIPS = 8
+"""Clips of a rank that an error names."""
 COUNTS = ("clips", "unread", "uncaptioned", "wait_seconds")
 
 
@@ -20,8 +24,9 @@ class StepMetrics:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
-        self.shards: dict[int, list[str]] = {}
-        """Shards of this rank's batch, of the steps that are not read yet and the last one that is."""
+        self.clips: dict[int, tuple[Batch, Tensor]] = {}
+        """This rank's batch, and which of its clips came out of the encoders as numbers, of the steps that are not
+        read yet and the last one that is."""
         self.damage: dict[str, tuple[int, str]] = {}
         """Of each shard with samples that this rank could not read: how many, and the first reason."""
         self.unread = self.uncaptioned = 0
@@ -29,8 +34,16 @@ class StepMetrics:
         self.counted: Counter[str] = Counter()
         """Steps that had each number: those of a head come with its own steps alone."""
 
-    def add(self, step: int, batch: Batch, wait: float, losses: dict[str, Tensor], norm: Tensor) -> None:
-        """Adds the ranks' numbers of a step; one collective."""
+    def add(
+        self,
+        step: int,
+        batch: Batch,
+        wait: float,
+        losses: dict[str, Tensor],
+        norm: Tensor,
+        finite: Bool[Tensor, "batch"],
+    ) -> None:
+        """Adds the ranks' numbers of a step; one collective. finite: which clips the encoders made numbers of."""
         for shard, reason in batch.bad:
             count, first = self.damage.get(shard, (0, reason))
             if not count:
@@ -38,7 +51,7 @@ class StepMetrics:
                     "%s: passed over: %s (more of this shard is counted, not logged)", shard, reason
                 )
             self.damage[shard] = (count + 1, first)
-        self.shards[step] = batch.shards
+        self.clips[step] = replace(batch, video=batch.video[:0]), finite
         means = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]) / self.process.world_size
         counts = torch.tensor([len(batch.video), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype)
         values = self.process.all_reduce(torch.cat([means, counts.to(means.device)]))
@@ -63,8 +76,19 @@ class StepMetrics:
             self.uncaptioned += round(numbers["uncaptioned"])
             self.sums.update(numbers)
             self.counted.update(numbers.keys())
-            self.shards = {s: shards for s, shards in self.shards.items() if s >= step}
+            self.clips = {s: clips for s, clips in self.clips.items() if s >= step}
             yield step, numbers
+
+    def suspects(self, step: int) -> str | None:
+        """The clips of this rank that became no numbers in a step, with their shards; where there is none, all."""
+        batch, finite = self.clips[step]
+        broken = [clip for clip, good in zip(batch.ids, finite.tolist(), strict=True) if not good]
+        named = broken or batch.ids
+        if not named:
+            return None
+        more = f" and {len(named) - NAMED_CLIPS} more" if len(named) > NAMED_CLIPS else ""
+        what = "clips without finite tokens" if broken else "clips"
+        return f"{what} {', '.join(named[:NAMED_CLIPS])}{more} (of {', '.join(batch.shards)})"
 
     def take(self) -> tuple[dict[str, float], float, float]:
         """Mean losses, clips, and seconds of waiting for data since the last call, over all ranks."""

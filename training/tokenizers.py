@@ -10,7 +10,7 @@ from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.pipelines.sample import ShardIndex, check_shards
 from hbi.training.checkpoint import fetched
 from hbi.training.data.shards import captions_of
-from hbi.training.init import INIT
+from hbi.training.init import INIT, has_init
 from hbi.training.settings import TrainConfig
 
 TOKENIZER = "tokenizer"
@@ -20,10 +20,8 @@ TOKENIZER = "tokenizer"
 def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainConfig:
     """The configuration with its tokenizer's vocabulary; the captions give the tokenizer where no backbone has one."""
     index.of_split(config.data.split)
-    if config.model.backbone and not config.init_from:
-        return config
     check_shards(index, config.model, config.model_flags)
-    if config.init_from:
+    if has_init(config):
         return config
     folder = storage.join(out, TOKENIZER)
     if not storage.exists(storage.join(folder, "tokenizer.json")):
@@ -39,7 +37,5 @@ def with_tokenizer(config: TrainConfig, index: ShardIndex, out: str) -> TrainCon
 
 def tokenizer_of(config: TrainConfig, out: str) -> Any:
     """The tokenizer of the model that the run began from, of the backbone, or the one made of the captions."""
-    if config.model.backbone and not config.init_from:
-        return load_tokenizer(config.model.backbone)
-    with fetched(storage.join(out, INIT if config.init_from else TOKENIZER)) as folder:
+    with fetched(storage.join(out, INIT if has_init(config) else TOKENIZER)) as folder:
         return load_tokenizer(folder)

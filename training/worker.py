@@ -3,28 +3,30 @@
 import contextlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hbi.infra import storage
-from hbi.infra.mlflow.lineage import lineage
+from hbi.infra.mlflow.lineage import Shards, lineage, origin
 from hbi.infra.mlflow.tracker import Tracker
 from hbi.infra.nodes import cores
 from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import TRAINED, trained_on, training_answers
-from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched
+from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched, read_progress
 from hbi.training.evaluate.answers import evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.figures import recall_figure, similarity_figure
 from hbi.training.evaluate.retrieval import evaluate
-from hbi.training.init import INIT
+from hbi.training.init import INIT, has_init
 from hbi.training.loop import Hooks, Training, TrainingAborted
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig, flatten
@@ -87,7 +89,7 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
             tokenizer_of(config, out),
             checkpoints,
             hooks,
-            storage.join(out, INIT) if config.init_from else "",
+            storage.join(out, INIT) if has_init(config) else "",
         )
     except ValueError as error:  # of settings, shards or checkpoints: the same on all ranks
         raise TrainingAborted(str(error)) from error
@@ -101,7 +103,8 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
             metrics |= hooks.evaluate(model, split)
         if process.first:
             if metrics:
-                hooks.track(metrics, training.progress.step)
+                chosen = read_progress(folder).step
+                hooks.track({f"final/{name}": value for name, value in metrics.items()}, chosen)
             files = (file for file in folder.iterdir() if file.name not in (STATE, TRAINING))
             storage.put_files(files, storage.join(out, MODEL), last=CONFIG)
             before = trained_on(storage.join(out, INIT), None) if config.init_from else []
@@ -159,13 +162,29 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
     config, known = job.config, storage.join(job.out, RUN_ID)
     enabled = config.tracking.enabled and process.first
     run_id = storage.read_bytes(known).decode() if enabled and storage.exists(known) else None
-    spool = tempfile.gettempdir() if storage.is_remote(job.out) else job.out
-    spool = str(Path(spool) / "tracking")
-    with Tracker(job.uri, config.tracking.experiment, config.name, spool, run_id, enabled) as tracker:
+    outbox = tempfile.gettempdir() if storage.is_remote(job.out) else job.out
+    outbox = str(Path(outbox) / "tracking")
+    name = f"{config.name}-{datetime.now():%m%d-%H%M%S}"
+    with Tracker(job.uri, config.tracking.experiment, name, outbox, run_id, enabled) as tracker:
         if enabled:
             storage.write_bytes(known, str(tracker.run_id).encode())
             # The answers lie in a file of the run, and are too long for a parameter.
             heads = replace(config.heads, vocabulary=())
             tracker.params(flatten(asdict(replace(config, heads=heads))))
-            tracker.tags(lineage(job.data))
+            tracker.tags(lineage(job.data) | origin(*_about(job)))
+            index = ShardIndex.read(job.data)
+            counts = Counter({shard.split: 0 for shard in index.shards})
+            for shard in index.shards:
+                counts[shard.split] += shard.samples
+            tracker.dataset(Shards.of(job.data, dict(counts)))
         yield tracker
+
+
+def _about(job: Job) -> tuple[str, str]:
+    """A run in a sentence, and the command that it came from."""
+    config = job.config
+    sentence = (
+        f"{config.name} on {job.data}: batch {config.data.batch}, {config.optim.epochs} epochs, "
+        f"{config.workers.count} workers, learning rate {config.optim.lr:g}. Everything lies in {job.out}."
+    )
+    return sentence, f"hbi train {config.name} --data {job.data} --out {job.out}"

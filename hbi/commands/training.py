@@ -56,6 +56,16 @@ class Train:
 
         result = train(self.set, self.data, self.out or f"runs/{self.name}", self.tracking, PACKAGE)
         print(f"model  {result.model}")
+        if result.run_id:
+            print(f"run    {result.run_id}")
+        if result.version:
+            alias = self.set.tracking.alias
+            name = (
+                f"models:/hbi@{alias}, models:/hbi/{result.version}"
+                if alias
+                else f"models:/hbi/{result.version}"
+            )
+            print(f"name   {name}")
         for split in dict.fromkeys(metric.split("/")[0] for metric in result.metrics):
             print(table(result.metrics, split))
         return result

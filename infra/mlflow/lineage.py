@@ -1,7 +1,10 @@
 """Where a run comes from: the commit, and the shards."""
 
+import getpass
 import hashlib
+import json
 import subprocess
+from dataclasses import dataclass
 
 from hbi.infra import storage
 from hbi.infra.project import ROOT
@@ -28,4 +31,47 @@ def lineage(shards: str) -> dict[str, str]:
         "dirty": "unknown" if changed is None else str(bool(changed)).lower(),
         "data": storage.absolute(shards),
         "data_sha256": hashlib.sha256(index).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A shard folder as MLflow knows a dataset."""
+
+    name: str
+    """Last part of the folder's path."""
+    digest: str
+    """Of its index; MLflow takes 36 characters."""
+    source_type: str
+    """`local` or `s3`."""
+    source: str
+    """The folder, as JSON with `uri`."""
+    profile: str
+    """Counts, as JSON."""
+
+    @staticmethod
+    def of(folder: str, counts: dict[str, int]) -> "Shards":
+        """counts: samples by split."""
+        place = storage.absolute(folder)
+        index = storage.read_bytes(storage.join(folder, "index.json"))
+        return Shards(
+            name=place.rstrip("/").rpartition("/")[2],
+            digest=hashlib.sha256(index).hexdigest()[:36],
+            source_type="s3" if storage.is_remote(place) else "local",
+            source=json.dumps({"uri": place}),
+            profile=json.dumps({"num_rows": sum(counts.values()), **counts}),
+        )
+
+
+def origin(description: str, command: str) -> dict[str, str]:
+    """What MLflow shows of a run beside its numbers: who began it, with what, and what it is."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without the user's name
+        user = "unknown"
+    return {
+        "mlflow.note.content": description,
+        "mlflow.source.name": command,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": user,
     }

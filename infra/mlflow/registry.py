@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+SHOWN = ("t2v/R1", "v2t/R1")
+"""The scores that stand in a version's row of the registry; all of them are metrics of its logged model."""
+KEPT_TAGS = ("commit", "data", "data_sha256")
+
+
 @dataclass(frozen=True)
 class ModelPackage:
     """What MLflow gets beside the weights, so that a version runs where this project is not installed."""
@@ -66,10 +71,16 @@ def log_and_register(
     folder = require_model(Path(model_folder))
     store = client(uri)
     run = store.get_run(run_id)
-    version_tags = {mlflow_name(key): f"{value:.6g}" for key, value in new.metrics.items()}
-    version_tags |= {mlflow_name(key): str(value) for key, value in new.tags.items()} | {"run_id": run_id}
+    scores = {mlflow_name(key): value for key, value in new.metrics.items()}
+    judged = (*SHOWN, mlflow_name(new.alias_metric)) if new.alias_metric else SHOWN
+    version_tags = {key: f"{value:.6g}" for key, value in scores.items() if key.endswith(judged)}
+    version_tags |= {mlflow_name(key): str(value) for key, value in new.tags.items() if key in KEPT_TAGS}
     logged = store.create_logged_model(
-        run.info.experiment_id, name=new.name, source_run_id=run_id, model_type="retrieval"
+        run.info.experiment_id,
+        name=new.name,
+        source_run_id=run_id,
+        model_type="retrieval",
+        params=run.data.params,
     )
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -77,6 +88,7 @@ def log_and_register(
             _save_package(folder, package, made, run_id, logged.model_id)
             store.log_model_artifacts(logged.model_id, str(made))
         store.finalize_logged_model(logged.model_id, "READY")
+        _link_scores(store, run, logged.model_id, scores)
     except BaseException:
         store.finalize_logged_model(logged.model_id, "FAILED")
         raise
@@ -84,7 +96,12 @@ def log_and_register(
     # By its place, not as models:/<id>: MLflow would look that up in its global store, and make one where we stand.
     source = logged.artifact_location
     version = store.create_model_version(
-        new.name, source, run_id, tags=version_tags, model_id=logged.model_id
+        new.name,
+        source,
+        run_id,
+        tags=version_tags | {"run_id": run_id},
+        description=_description(run, scores, new.tags),
+        model_id=logged.model_id,
     )
     if new.alias and not better_holder(uri, new):
         store.set_registered_model_alias(new.name, new.alias, version.version)
@@ -107,6 +124,32 @@ def better_holder(uri: str, new: NewVersion) -> str:
     if held is None or mine is None or float(mine) > float(held):
         return ""
     return str(holder.version)
+
+
+def _link_scores(store: "MlflowClient", run: Any, model_id: str, scores: Mapping[str, float]) -> None:
+    """The scores as metrics of the logged model, on the data that the run reads."""
+    data = run.inputs.dataset_inputs[0].dataset if run.inputs.dataset_inputs else None
+    for key, value in scores.items():
+        store.log_metric(
+            run.info.run_id,
+            f"model/{key}",
+            value,
+            dataset_name=data.name if data else None,
+            dataset_digest=data.digest if data else None,
+            model_id=model_id,
+        )
+
+
+def _description(run: Any, scores: Mapping[str, float], tags: Mapping[str, Any]) -> str:
+    """What a version says of itself in the registry: where it comes from, and how good it is."""
+    shown = ", ".join(f"{key} {value:.1f}" for key, value in scores.items() if key.endswith(SHOWN))
+    made = run.data.tags.get("mlflow.source.name", run.info.run_name)
+    lines = [f"Made by `{made}` (run {run.info.run_id[:8]})."]
+    if shown:
+        lines.append(f"Scores: {shown}.")
+    if "data" in tags:
+        lines.append(f"Data: {tags['data']}.")
+    return "\n\n".join(lines)
 
 
 def _save_package(

@@ -19,10 +19,11 @@ def compare(runs: Sequence[Any], versions: Mapping[str, str], width: int) -> tup
 
     `versions`: what a run's id registered. Best is the largest text-to-video R@1, on val or on what there is.
     """
-    metrics = _metric_columns({name for run in runs for name in run.data.metrics})
+    scores = {run.info.run_id: _scores(run) for run in runs}
+    metrics = _metric_columns({name for found in scores.values() for name in found})
     best = metrics[0] if metrics and metrics[0].endswith("/R1") else None
     if best:
-        runs = sorted(runs, key=lambda run: -run.data.metrics.get(best, -1.0))
+        runs = sorted(runs, key=lambda run: -scores[run.info.run_id].get(best, -1.0))
     settings = _differing(runs)
     head = ["run", "id", "status", "started", *metrics, "version", *_short_names(settings)]
     rows = [
@@ -31,17 +32,35 @@ def compare(runs: Sequence[Any], versions: Mapping[str, str], width: int) -> tup
             run.info.run_id[:8],
             run.info.status.lower(),
             datetime.fromtimestamp(run.info.start_time / 1000).strftime("%m-%d %H:%M"),
-            *(f"{run.data.metrics[name]:.4g}" if name in run.data.metrics else "" for name in metrics),
+            *(f"{found[name]:.4g}" if name in (found := scores[run.info.run_id]) else "" for name in metrics),
             versions.get(run.info.run_id, ""),
             *(run.data.params.get(name, "") for name in settings),
         ]
         for run in runs
     ]
-    text, left = fit(head, rows, width, keep=2)
+    blocks = []
+    while True:  # what does not fit follows below, beside the runs' names: nothing that differs is left out
+        text, left = fit(head, rows, width, keep=2)
+        blocks.append(text)
+        if not left:
+            break
+        first = len(head) - len(left)
+        if first <= 2:  # not even one more column: as wide as it is
+            blocks[-1] = fit(head, rows, 10**6, keep=2)[0]
+            break
+        head, rows = [*head[:2], *head[first:]], [[*row[:2], *row[first:]] for row in rows]
     notes = [f"{len(runs)} runs, best {best} first" if best else f"{len(runs)} runs, newest first"]
-    if left:
-        notes.append(f"not shown for want of width: {', '.join(left)}")
-    return text, notes
+    return "\n\n".join(blocks), notes
+
+
+def _scores(run: Any) -> dict[str, float]:
+    """A run's metrics, those of its chosen model (`final/`) in the place of its curve's last points."""
+    # `model/` are those of the logged model: the same once more.
+    metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("model/")}
+    final = {
+        name.removeprefix("final/"): value for name, value in metrics.items() if name.startswith("final/")
+    }
+    return {name: value for name, value in metrics.items() if not name.startswith("final/")} | final
 
 
 def _metric_columns(names: set[str]) -> list[str]:

@@ -9,6 +9,7 @@ from hbi.infra.mlflow.store import client, first_line, mlflow_name, require_aliv
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 UPLOAD_TRIES = 3
 """Tries of an artifact that fails while the server answers."""
@@ -17,16 +18,30 @@ PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 8000
 """MLflow's limits on one request and on one value."""
 
 
-def send(store: "MlflowClient", run_id: str, events: list[Event], outbox: Outbox) -> None:
-    """Sends events to a run. Raises when the store is away; what the store refuses is said, and not tried again."""
+Written = dict[str, set[int]]
+"""By metric, the steps at which the store has a value."""
+
+
+def send(
+    store: "MlflowClient", run_id: str, events: list[Event], outbox: Outbox, written: Written | None = None
+) -> None:
+    """Sends events to a run. Raises when the store is away; what the store refuses is said, and not tried again.
+
+    written: of a run that is taken up again; what it has is looked up, and a step that has a value gets no second one.
+    """
     from mlflow.entities import Metric, RunTag
 
-    metrics = [
-        Metric(mlflow_name(key), value, round(event["time"] * 1000), event["step"])
-        for event in events
-        if event["kind"] == "metrics"
-        for key, value in event["values"].items()
-    ]
+    metrics = []
+    for event in events:
+        for key, value in event["values"].items() if event["kind"] == "metrics" else ():
+            name, step = mlflow_name(key), event["step"]
+            if written is not None and not name.startswith("system/"):
+                if name not in written:
+                    written[name] = {point.step for point in store.get_metric_history(run_id, name)}
+                if step in written[name]:
+                    continue
+                written[name].add(step)
+            metrics.append(Metric(name, value, round(event["time"] * 1000), step))
     for first in range(0, len(metrics), METRICS_PER_REQUEST):
         store.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
     params = {
@@ -42,8 +57,17 @@ def send(store: "MlflowClient", run_id: str, events: list[Event], outbox: Outbox
     for event in events:
         if event["kind"] == "artifact":
             _send_artifact(store, run_id, event, outbox)
+        elif event["kind"] == "dataset":
+            store.log_inputs(run_id, [_dataset_input(event)])
         elif event["kind"] == "status":
             store.set_terminated(run_id, event["status"], round(event["time"] * 1000))
+
+
+def _dataset_input(event: Event) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    held = {key: event[key] for key in ("name", "digest", "source_type", "source", "profile")}
+    return DatasetInput(Dataset(**held), [InputTag("mlflow.data.context", event["context"])])
 
 
 def _send_params(store: "MlflowClient", run_id: str, params: dict[str, str]) -> dict[str, str]:
@@ -88,8 +112,9 @@ def replay(path: str | Path, uri: str) -> int:
     try:
         require_alive(uri)
         store = client(uri)
+        written: Written = {}
         for batch in outbox.batches():
-            send(store, file.stem, batch, outbox)
+            send(store, file.stem, batch, outbox, written)
     except Exception as error:
         raise ValueError(
             f"{shown(uri)} does not take {path} ({first_line(error)}): it stays as it is"

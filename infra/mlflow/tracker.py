@@ -17,12 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hbi.infra.mlflow.lineage import Shards
 from hbi.infra.mlflow.machine import MachineMonitor
 from hbi.infra.mlflow.outbox import Event, Outbox
-from hbi.infra.mlflow.sending import replay, send, tell
+from hbi.infra.mlflow.sending import Written, replay, send, tell
 from hbi.infra.mlflow.store import client, experiment_id, first_line, require_alive, shown
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Tracker:
         self.uri, self.enabled, self.run_id = uri, enabled, run_id or ""
         self.step = self.unsent = 0
         self.closed, self.away = not enabled, ""
+        self.written: Written | None = {} if run_id else None
         if not enabled:
             return
         self.settings = {name: value for name, value in MLFLOW_SETTINGS.items() if name not in os.environ}
@@ -113,6 +116,10 @@ class Tracker:
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """A file or a folder, which must stay where it is until it is sent; `folder` is where it goes."""
         self._put({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
+
+    def dataset(self, shards: Shards, context: str = "training") -> None:
+        """What the run reads, as an input of the run."""
+        self._put({"kind": "dataset", "context": context, **asdict(shards)})
 
     def close(self, status: str = "FINISHED", timeout: float = CLOSE_SECONDS) -> int:
         """Ends the run, waits at most `timeout` seconds, and returns how many records are left, having said where."""
@@ -169,7 +176,7 @@ class Tracker:
         """Sends all that waits; raises when the store is away."""
         require_alive(self.uri)
         for batch in self.outbox.batches():
-            send(store, self.run_id, batch, self.outbox)
+            send(store, self.run_id, batch, self.outbox, self.written)
         if self.away:
             tell(f"{shown(self.uri)} is back, and has everything")
         self.away = ""

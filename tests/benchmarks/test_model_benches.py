@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpointing, interaction, report, similarity
+from benchmarks import checkpointing, evaluation, interaction, report, similarity
 from benchmarks.report import Measured, measure
 
 
@@ -70,6 +70,12 @@ def test_similarity(in_process: None, capsys: pytest.CaptureFixture[str]) -> Non
     similarity.Bench(batches=(20,), dim=16, chunks=(6,), device="cpu").run()
     results = last_line(capsys)
     assert results["batch_20_chunk_6"]["loss"] == pytest.approx(results["batch_20_whole"]["loss"], rel=1e-5)
+
+
+def test_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation.Bench(sizes=((9, 7),), dim=16, chunk=4).run()
+    results = last_line(capsys)
+    assert results["9 x 7"]["largest_error"] < 1e-6 and results["9 x 7"]["seconds"] >= 0
 
 
 def test_checkpointing(in_process: None, capsys: pytest.CaptureFixture[str]) -> None:

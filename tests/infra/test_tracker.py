@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hbi.infra.mlflow import store as stores
 from hbi.infra.mlflow import tracker as tracking
-from hbi.infra.mlflow.lineage import lineage
+from hbi.infra.mlflow.lineage import Shards, lineage, origin
 from hbi.infra.mlflow.outbox import Outbox
 from hbi.infra.mlflow.sending import replay
 from hbi.infra.mlflow.store import shown
@@ -121,6 +121,32 @@ def test_a_resumed_run_goes_on_and_says_what_changed(store: str, tmp_path: Path)
     assert run.data.params == {"lr": "1", "name": "a", "new": "3"} and run.data.tags["resumed/lr"] == "2"
     assert "resumed/name" not in run.data.tags
     assert history(store, first.run_id, "loss") == [(0, 1.0), (1, 0.5)]
+
+
+def test_a_step_is_written_once_whatever_is_sent_again(store: str, tmp_path: Path) -> None:
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as first:
+        for step in (1, 2, 3, 5):
+            first.metrics({"loss": float(step)}, step)
+    with Tracker(store, "tests", "one", tmp_path / "outbox", run_id=first.run_id) as second:
+        for step in (3, 4, 5, 6):  # from a checkpoint at step 2: the same steps once more, by another clock
+            second.metrics({"loss": 10.0 * step}, step)
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 5.0), (6, 60.0)]
+    assert sorted(history(store, first.run_id, "loss")) == expected
+
+
+def test_the_shards_are_an_input_of_the_run(store: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
+        tracker.tags(origin("what it is", "hbi train tiny"))
+        tracker.dataset(Shards.of(str(tmp_path / "shards"), {"train": 3, "val": 1}))
+    run = stores.client(store).get_run(tracker.run_id)
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.source_type) == ("shards", "local")
+    assert json.loads(given.dataset.profile) == {"num_rows": 4, "train": 3, "val": 1}
+    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
+    assert run.data.tags["mlflow.note.content"] == "what it is"
+    assert run.data.tags["mlflow.source.name"] == "hbi train tiny" and run.data.tags["mlflow.user"]
 
 
 def test_a_run_that_is_gone_from_the_store_goes_on_anew(

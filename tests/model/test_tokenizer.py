@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbi.model.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from hbi.model.tokenizer import clean_caption, load_tokenizer, tokenize, train_tokenizer
 from hbi.model.tokens import require_tokens
 
 CAPTIONS = ["a red ball bounces", "a blue square moves to the left", "the red square spins"] * 4
@@ -73,6 +73,32 @@ def test_clip_s_own_format(tmp_path: Path) -> None:
     assert ids.tolist() == [[6, 5, 1, 7], [6, 1, 1, 7]] and mask.all()
     ids, mask = tokenize(load_tokenizer(tmp_path), ["b"], 5)
     assert ids.tolist() == [[6, 2, 7, 0, 0]] and mask.tolist() == [[True, True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("odd", "clean"),
+    [
+        ("a dog &amp;amp; a cat", "a dog & a cat"),
+        ("\u201ca\u201d it\u2019s", '"a" it\'s'),
+        ("cafÃ©", "café"),
+        ("\ufeffa b", "a b"),
+        ("ﬁve ﬂags", "five flags"),
+        ("ＡＢ　ａ", "AB a"),
+        ("a\x00\x1b[31mb\n\t b", "ab b"),
+    ],
+)
+def test_clip_gets_its_captions_cleaned_and_ours_keep_theirs(odd: str, clean: str, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    assert clean_caption(odd) == clean
+    vocab = {token: i for i, token in enumerate(["!", '"', "&", "'", *"abcdefghijklmnopqrstuvwxyz"])}
+    vocab |= {f"{token}</w>": len(vocab) + i for i, token in enumerate(list(vocab))}
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(tmp_path)
+    clip = load_tokenizer(tmp_path)
+    assert torch.equal(tokenize(clip, [odd], 40)[0], tokenize(clip, [clean], 40)[0])
+    ours = train_tokenizer([odd], 280)
+    assert tokenize(ours, [odd], 40)[0][0].tolist()[: len(ours(odd)["input_ids"])] == ours(odd)["input_ids"]
 
 
 def test_errors(tmp_path: Path) -> None:

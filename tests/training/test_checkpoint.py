@@ -60,7 +60,7 @@ def learn(state: State) -> torch.Tensor:
 
 
 def write(state: State, folder: Path, progress: Progress) -> None:
-    write_checkpoint(folder, state, progress, None, tiny_run(), "digest")
+    write_checkpoint(folder, state, progress, None, tiny_run(), {"data": "digest"})
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:

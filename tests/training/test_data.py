@@ -261,3 +261,22 @@ def test_shards_to_come_are_asked_for_before_they_are_needed(tmp_path: Path) -> 
     plan = loader._soon(partition(epoch_order([20, 20, 20], 0, 0, 1), 1, 2)[0])
     asked = {shard: step for step, shards in enumerate(plan) for shard in shards}
     assert sorted(asked.values()) == [0, 0, 4], "sixteen batches of ten a shard ahead"
+
+
+@given(n=st.integers(0, 400), world=st.integers(1, 9), batch=st.integers(1, 128))
+@settings(max_examples=200, deadline=None)
+def test_no_step_is_larger_than_the_batch_and_ranks_share_each_evenly(n: int, world: int, batch: int) -> None:
+    order = np.stack([np.zeros(n, np.int32), np.arange(n, dtype=np.int32)], 1)
+    parts = partition(order, world, batch)
+    sizes = np.array([[len(ids) for ids in rank] for rank in parts])
+    assert sizes.shape == (world, -(-n // batch))
+    assert sizes.sum(0).max(initial=0) <= batch
+    if n:
+        assert np.ptp(sizes.sum(0)) <= 1 and np.ptp(sizes, axis=0).max() <= 1 and np.ptp(sizes.sum(1)) <= 1
+        assert np.array_equal(np.concatenate([ids for rank in parts for ids in rank]), order)
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_kept() -> None:
+    order = np.stack([np.zeros(192, np.int32), np.arange(192, dtype=np.int32)], 1)
+    parts = partition(order, 64, 96)
+    assert [sum(len(rank[step]) for rank in parts) for step in range(2)] == [96, 96]

@@ -105,7 +105,7 @@ def by_hand(
 
 @pytest.mark.parametrize("paragraph", [False, True])
 def test_every_clip_against_every_caption(folder: Path, model: HBI, tokenizer: Any, paragraph: bool) -> None:
-    protocol = EvalProtocol(paragraph=paragraph, batch=3, chunk=4)
+    protocol = EvalProtocol(paragraph=paragraph, batch=3)
     model.train()
     found = measured(model, tokenizer, str(folder / "shards"), "test", protocol)
     assert model.training
@@ -154,7 +154,7 @@ def rank_work(rank: int, world: int, folder: str) -> None:
     model, tokenizer = load_model(f"{folder}/model"), load_tokenizer(f"{folder}/model")
     results = {}
     for split in ("test", "val", "few"):  # `few` has fewer clips than ranks
-        protocol = EvalProtocol(batch=2, chunk=3, dsl=True, qbnorm=2)
+        protocol = EvalProtocol(batch=2, dsl=True, qbnorm=2)
         found = measured(model, tokenizer, f"{folder}/shards", split, protocol)
         assert (found.similarity is not None) == (rank == 0)
         scores = {} if found.similarity is None else {"similarity": found.similarity}
@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path, folder: Path, model: HBI, tokenizer: Any) -> N
         measured(model, tokenizer, index, "test")
     with pytest.raises(ValueError, match="made with frames 3"):
         measured(model, tokenizer, make_shards(tmp_path / "three", frames=3, val=[1]), "val")
-    for wrong in ({"rates": (0.0, 0.0, 0.0)}, {"batch": 0}, {"chunk": 0}, {"qbnorm": -1}):
+    for wrong in ({"rates": (0.0, 0.0, 0.0)}, {"batch": 0}, {"qbnorm": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvalProtocol(**wrong)
 

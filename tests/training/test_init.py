@@ -12,7 +12,7 @@ from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import Checkpoints
-from hbi.training.init import INIT, with_init
+from hbi.training.init import INIT, has_init, with_init
 from hbi.training.loop import Hooks, Training
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
@@ -26,7 +26,7 @@ def begun(config: TrainConfig, index: ShardIndex, out: Path) -> Training:
     config = with_tokenizer(with_init(config, str(out), None), index, str(out))
     place = Process.current()
     checkpoints = Checkpoints(str(out / "checkpoints"), 1, "val/t2v/R@1", place)
-    start = str(out / INIT) if config.init_from else ""
+    start = str(out / INIT) if has_init(config) else ""
     quiet = Hooks(log=lambda line: None)
     return Training(config, index, tokenizer_of(config, str(out)), checkpoints, quiet, start)
 
@@ -88,3 +88,47 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path):
     index = make_shards(tmp_path / "shards", train=[2])
     with pytest.raises(ValueError, match=r"^[^\n]*nowhere[^\n]*$"):
         begun(replace(tiny_run(), init_from=str(tmp_path / "nowhere")), index, tmp_path / "a")
+
+
+def test_a_backbone_that_cannot_be_had_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    config = replace(tiny_run(), model=ModelConfig(backbone="somebody/some-clip"))
+    with pytest.raises(
+        ValueError, match=r"some-clip: not in the cache .*OFFLINE.*--set.model.backbone FOLDER"
+    ):
+        with_init(config, str(tmp_path), None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9 does not give it \(.*refused.*FOLDER"):
+        with_init(config, str(tmp_path), None)
+    with pytest.raises(ValueError, match="no such folder, and no name of a model"):
+        with_init(replace(config, model=ModelConfig(backbone="/no/folder")), str(tmp_path), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_is_fetched_once_with_its_sizes_and_tokenizer(other: Path, tmp_path: Path) -> None:
+    """A folder of CLIP's own format; the weights are those that every worker would have made of it."""
+    from transformers import CLIPModel
+
+    from hbi.model.backbones.clip import clip_config
+    from hbi.model.hbi import HBI
+
+    wanted = tiny_model()
+    backbone = tmp_path / "clip"
+    CLIPModel(clip_config(replace(wanted.towers, vocab_size=290))).save_pretrained(backbone)
+    load_tokenizer(other).save_pretrained(backbone)
+    index = make_shards(tmp_path / "shards", train=[9])
+    config = replace(tiny_run(), model=replace(wanted, backbone=str(backbone)))
+    training = begun(config, index, tmp_path / "a")
+    assert training.config.model.towers.vocab_size == 290
+    torch.manual_seed(config.seed)
+    expected: HBI = build_model(config.model)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(training.model.state_dict()[name], value), name
+    shutil.rmtree(backbone)
+    begun(config, index, tmp_path / "a")
+    with pytest.raises(ValueError, match="other sizes"):
+        begun(replace(config, model=replace(config.model, words=8)), index, tmp_path / "a")

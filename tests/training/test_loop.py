@@ -147,7 +147,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_shards_and_checkpoint(
 
     monkeypatch.setattr(loop, "backward", backward)
     with pytest.raises(
-        TrainingAborted, match=r"step 5: loss nan.*train-00000\d.tar.*epoch-00001-step-00000003.*optim.lr"
+        TrainingAborted,
+        match=r"step 5: loss nan.*in the batch: clips clip-\d+, .*train-00000\d.tar.*step-00000003.*optim.lr",
     ):
         train(tiny_run(), shards, tmp_path / "out")
     latest = max((tmp_path / "out" / "checkpoints").iterdir())
@@ -245,3 +246,120 @@ def test_a_training_needs_no_process_group(shards: Path, tmp_path: Path) -> None
     checkpoints = Checkpoints(out, 1, "val/t2v/R@1", Process.current())
     training = Training(config, index, tokenizer_of(config, out), checkpoints, Hooks(log=lambda line: None))
     assert training.fit() == Progress(6, training.progress.position, {})
+
+
+def tracked_rates(config: TrainConfig, shards: Path, out: Path) -> tuple[dict[int, float], list[str]]:
+    """The learning rate of each step of a run, and what it said."""
+    rates: dict[int, float] = {}
+    lines: list[str] = []
+
+    def track(metrics: dict, step: int) -> None:
+        if "lr/new" in metrics:
+            rates[step] = metrics["lr/new"]
+
+    train(config, shards, out, track=track, log=lines.append)
+    return rates, lines
+
+
+def test_a_run_resumed_with_another_batch_goes_on_to_an_end_of_its_own(shards: Path, tmp_path: Path) -> None:
+    """24 clips: an epoch of three steps of 8 is done; the second has six steps of 4."""
+    config = tiny_run()
+    first = replace(config, optim=replace(config.optim, epochs=1))
+    train(first, shards, tmp_path / "out")
+    second = replace(config, data=replace(config.data, batch=4), optim=replace(config.optim, epochs=2))
+    rates, lines = tracked_rates(second, shards, tmp_path / "out")
+    # Those up to 3 come back with the checkpoint.
+    assert sorted(rates) == list(range(1, 10)) and all(rate > 0 for rate in rates.values())
+    assert "goes on at step 3" in lines[0] and "9 steps of 4" in lines[0]
+    assert "changed since that checkpoint: data.batch 8 -> 4, optim.epochs 1 -> 2; 9 steps in all" in lines[1]
+    assert lines[-1].startswith("step 9/9 ")
+    assert rates[9] == pytest.approx(3e-3 * loop.schedule(8, 9, 0.1, 0.0))
+
+
+def test_a_run_that_is_past_its_end_is_refused(shards: Path, tmp_path: Path) -> None:
+    config = tiny_run()
+    train(config, shards, tmp_path / "out")
+    shorter = replace(config, optim=replace(config.optim, epochs=1))
+    with pytest.raises(TrainingAborted, match=r"done 2 epochs and 6 steps, more than --set.optim.epochs 1"):
+        train(shorter, shards, tmp_path / "out")
+
+
+def test_few_clips_are_said(shards: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    train(tiny_run(batch=64), shards, tmp_path / "out", log=lines.append)
+    assert "fewer than --set.data.batch 64, and each caption is told from 23 others only" in lines[1]
+
+
+def test_a_clip_that_becomes_no_number_is_named(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    real = HBI.encode_video
+
+    def encode_video(self: HBI, video: Tensor, mask: Tensor) -> Tensor:
+        frames = real(self, video, mask)
+        return torch.cat([frames[:2], frames[2:3] * float("nan"), frames[3:]])
+
+    monkeypatch.setattr(HBI, "encode_video", encode_video)
+    with pytest.raises(TrainingAborted, match=r"step 1: .*: clips without finite tokens clip-\d+ \(of train"):
+        train(tiny_run(), shards, tmp_path / "out")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_where(
+    shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from hbi.training import checkpoint
+
+    real, writes = checkpoint.save_file, iter(range(9))
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        real(tensors, path)
+        if next(writes) == 1:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    kept = tmp_path / "out" / "checkpoints"
+    match = r"out/checkpoints/epoch-00001-step-00000003 cannot be written \(.*No space left.*make room there.*step-"
+    with pytest.raises(TrainingAborted, match=match):
+        train(tiny_run(), shards, tmp_path / "out")
+    assert [path.name for path in kept.iterdir()] == ["epoch-00000-step-00000003"]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    train(tiny_run(), shards, tmp_path / "out")
+
+
+def test_what_was_tracked_comes_back_with_the_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """A process that dies before it could send: the next one offers the checkpoint's metrics again, and goes on."""
+    seen: list[int] = []
+
+    def track(metrics: dict, step: int) -> None:
+        if "train/loss" in metrics:
+            seen.append(step)
+
+    def dies(metrics: dict, step: int) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tiny_run(), shards, tmp_path / "out", track=dies)
+    train(tiny_run(), shards, tmp_path / "out", track=track)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_final_scores_have_names_of_their_own_at_the_chosen_step(shards: Path, tmp_path: Path) -> None:
+    scores = iter([9.0, 1.0, 8.0, 7.0])
+    tracked: dict[tuple[str, int], float] = {}
+
+    def track(metrics: dict, step: int) -> None:
+        assert not any((name, step) in tracked for name in metrics), "a second value at the same step"
+        tracked.update({(name, step): value for name, value in metrics.items()})
+
+    def evaluate(model: HBI, split: str) -> dict[str, float]:
+        return {f"{split}/t2v/R@1": next(scores)}
+
+    train(tiny_run(), shards, tmp_path / "out", track=track, evaluate=evaluate)
+    curve = {key: value for key, value in tracked.items() if key[0].endswith("t2v/R@1")}
+    assert curve == {
+        ("val/t2v/R@1", 3): 9.0,
+        ("val/t2v/R@1", 6): 1.0,
+        ("final/val/t2v/R@1", 3): 8.0,
+        ("final/test/t2v/R@1", 3): 7.0,
+    }

@@ -3,14 +3,17 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from hbi.model.hbi import HBI
+from hbi.training.checks import check_cluster, check_splits
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
-from hbi.training.settings import OptimSettings, TrainConfig
-from tests.support.training_shards import tiny_model
+from hbi.training.runs.table import RUNS
+from hbi.training.settings import CheckpointSettings, OptimSettings, TrainConfig
+from tests.support.training_shards import make_shards, tiny_model, tiny_run
 
 
 def test_every_trained_weight_is_in_one_group_with_its_rate_and_decay() -> None:
@@ -71,3 +74,37 @@ def test_the_average_follows_its_formula_and_swaps_back() -> None:
 def test_settings_out_of_range_are_named(change: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TrainConfig(optim=replace(OptimSettings(), **change))
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("t2v/R1", r"--set.checkpoint.metric t2v/R1: must be t2v, v2t or v2t-single"),
+        ("t2v+dsl/R@1", r"t2v\+dsl/R@1: must be measured: add --set.evaluate.dsl"),
+        ("v2t-single+dsl/R@1", "must be t2v"),
+    ],
+)
+def test_a_metric_that_nothing_measures_is_refused(metric: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(checkpoint=CheckpointSettings(metric=metric))
+    TrainConfig(checkpoint=CheckpointSettings(metric="v2t/R@10"))
+
+
+def test_splits_and_workers_that_are_not_there(tmp_path: Path, ray_session: None) -> None:
+    index, config = make_shards(tmp_path, train=[2], val=[1]), tiny_run()
+    assert check_splits(config, index) == []
+    valid = replace(config, evaluate=replace(config.evaluate, select="valid"))
+    with pytest.raises(
+        ValueError, match=r"--set.evaluate.select valid: .* has the splits train, val: choose"
+    ):
+        check_splits(valid, index)
+    final = replace(config, evaluate=replace(config.evaluate, final=("val", "tset")))
+    with pytest.raises(ValueError, match=r"--set.evaluate.final tset: .* train, val"):
+        check_splits(final, index)
+    (line,) = check_splits(config, make_shards(tmp_path / "bare", train=[2]))
+    assert "the latest is taken" in line
+    check_cluster(config)
+    with pytest.raises(
+        ValueError, match=r"msrvtt, 2 workers \(.*gpus 0 trains on CPUs\): asks for 2 GPUs, .* has 0"
+    ):
+        check_cluster(RUNS["msrvtt"])

@@ -48,6 +48,8 @@ class Batch:
     """Which clip each text belongs to."""
     answers: list[int] = field(default_factory=list)
     """Number of each question's answer in the vocabulary."""
+    ids: list[str] = field(default_factory=list)
+    """The clips' own ids."""
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader: page-locked frames travel to the device while it computes."""
@@ -71,15 +73,16 @@ class ClipDataset(Dataset):
         epoch, ids, soon, task = request
         if soon:
             threading.Thread(target=self._fetch, args=(soon,), daemon=True).start()
-        videos, captions, answers, owners, bad = [], [], [], [], []
+        videos, captions, answers, owners, clips, bad = [], [], [], [], [], []
         for shard, number in ids.tolist():
             try:
-                frames, texts = self.read(shard, number, epoch, task)
+                frames, texts, clip = self.read(shard, number, epoch, task)
             except Exception as error:  # whatever a damaged file makes a parser raise
                 bad.append((self.shards[shard].name, f"{type(error).__name__}: {error}"))
                 continue
             if texts:
                 owners += [len(videos)] * len(texts)
+                clips.append(clip)
                 videos.append(frames)
                 captions += [text for text, _ in texts]
                 answers += [answer for _, answer in texts if answer is not None]
@@ -90,12 +93,12 @@ class ClipDataset(Dataset):
             mask[i, : len(frames)] = True
         names = [self.shards[s].name for s in dict.fromkeys(ids[:, 0].tolist())]
         left_out = len(ids) - len(videos) - len(bad)
-        return Batch(video, mask, captions, names, bad, left_out, task, owners, answers)
+        return Batch(video, mask, captions, names, bad, left_out, task, owners, answers, clips)
 
     def read(
         self, shard: int, number: int, epoch: int, task: Task = "retrieval"
-    ) -> tuple[UInt8[np.ndarray, "f h w 3"], list[Text]]:
-        """Frames and the epoch's texts for a task (without any, no frames are decoded)."""
+    ) -> tuple[UInt8[np.ndarray, "f h w 3"], list[Text], str]:
+        """Frames, the epoch's texts for a task (without any, no frames are decoded) and the clip's id."""
         file, samples = self._open(shard)
         if number >= len(samples):
             raise ValueError(
@@ -108,6 +111,7 @@ class ClipDataset(Dataset):
             return os.pread(file.fileno(), length, offset)
 
         text = json.loads(content("json").decode("utf-8", "surrogateescape"))
+        clip = str(text.get("id", key))
         texts = self._texts(text, task, epoch, key)
         names = sorted(
             (n for n in members if n.endswith((".jpg", ".jpeg"))), key=lambda n: int(n.split(".")[0])
@@ -121,7 +125,7 @@ class ClipDataset(Dataset):
                 f"{len(names)} of {len(text['timestamps'])} frames are there: the tar is cut short"
             )
         if not texts:
-            return np.empty((0, self.size, self.size, 3), np.uint8), []
+            return np.empty((0, self.size, self.size, 3), np.uint8), [], clip
         video = np.empty((len(names), self.size, self.size, 3), np.uint8)
         for i, name in enumerate(names):
             image = np.asarray(Image.open(io.BytesIO(content(name))).convert("RGB"))
@@ -130,7 +134,7 @@ class ClipDataset(Dataset):
                     f"a frame of {image.shape[1]}x{image.shape[0]}, expected {self.size}x{self.size}"
                 )
             video[i] = image
-        return video, texts
+        return video, texts, clip
 
     def _texts(self, clip: dict[str, Any], task: Task, epoch: int, key: str) -> list[Text]:
         """What a clip shows in an epoch: one caption, or up to some captions to write or questions to answer."""

@@ -55,13 +55,21 @@ class Loader:
         """Steps of a whole epoch, the same for every rank and every number of ranks."""
         return -(-sum(self.samples) // self.settings.batch)
 
+    def steps_left(self, state: LoaderState) -> int:
+        """Steps that are left of the epoch."""
+        return len(self._remaining(state))
+
+    def _remaining(self, state: LoaderState) -> list[Int[np.ndarray, "_ 2"]]:
+        """The samples of this rank in each step that is left of the epoch."""
+        order = epoch_order(self.samples, self.seed, state.epoch, self.settings.shuffle_window)
+        return state.remaining(order, self.process.world_size, self.settings.batch)[self.process.rank]
+
     def batches(self, state: LoaderState, step: int = 0) -> Iterator[Batch]:
         """What is left of the epoch for this rank, every rank the same number of batches.
 
         step: of the run, the next one: it says which task's turn it is.
         """
-        order = epoch_order(self.samples, self.seed, state.epoch, self.settings.shuffle_window)
-        mine = state.remaining(order, self.process.world_size, self.settings.batch)[self.process.rank]
+        mine = self._remaining(state)
         soon = self._soon(mine) if self.remote else [[]] * len(mine)
         self.plan[:] = [
             (state.epoch, ids, first, self.tasks[(step + turn) % len(self.tasks)])

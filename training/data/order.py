@@ -30,12 +30,25 @@ def epoch_order(samples: Sequence[int], seed: int, epoch: int, shuffle_window: i
 def partition(
     order: Int[np.ndarray, "n 2"], world_size: int, batch: int
 ) -> list[list[Int[np.ndarray, "_ 2"]]]:
-    """[rank][step]: contiguous parts, every rank the same number of steps, batches that differ by one at most.
+    """[rank][step]: contiguous parts, every rank the same number of steps.
 
-    `batch` is the global batch. A batch is empty for a rank that has fewer samples than there are steps.
+    `batch` is the global batch: no step has more clips, and two steps differ by one at most. In each step the ranks
+    differ by one at most, and so they do over the epoch: who has one more goes round. A batch is empty for a rank
+    where a step has fewer clips than there are ranks.
     """
     steps = -(-len(order) // batch)
-    return [np.array_split(part, steps) if steps else [] for part in np.array_split(order, world_size)]
+    if not steps:
+        return [[] for _ in range(world_size)]
+    sizes = np.full(steps, len(order) // steps)
+    sizes[: len(order) % steps] += 1
+    over = sizes % world_size
+    turn = (np.cumsum(over) - over) % world_size
+    shares = [sizes // world_size + ((rank - turn) % world_size < over) for rank in range(world_size)]
+    ends = np.cumsum([share.sum() for share in shares])
+    return [
+        np.split(order[end - share.sum() : end], np.cumsum(share)[:-1])
+        for share, end in zip(shares, ends, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

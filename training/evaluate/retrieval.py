@@ -23,6 +23,7 @@ from hbi.training.evaluate.answers import HeadResult, evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import EncodedSplit, NothingToMeasure, SplitEncoder, level_weights, share
 from hbi.training.evaluate.explanations import explanation_metrics
+from hbi.training.evaluate.score import score
 from hbi.training.init import ModelSource, load_named
 from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
@@ -90,17 +91,11 @@ def similarity(
     """The weighted sum of the levels' similarities, a part of the texts on each rank; whole on the first one's CPU."""
     texts = len(next(iter(text.values())).mask)
     ours = share(texts, process)
-    blocks = []
-    for first in range(ours.start, ours.stop, protocol.chunk):
-        rows = slice(first, min(first + protocol.chunk, ours.stop))
-        parts = [
-            rate
-            * model.similarity(Tokens(*(part[rows] for part in text[level])), video[level], protocol.chunk)
-            for level, rate in level_weights(protocol).items()
-        ]
-        blocks.append(torch.stack(parts).sum(0).cpu())
-    videos = len(next(iter(video.values())).mask)
-    scores = torch.cat(blocks) if blocks else torch.empty(0, videos)
+    rows = slice(ours.start, ours.stop)
+    scores = torch.zeros(len(ours), len(next(iter(video.values())).mask))
+    for level, rate in level_weights(protocol).items():
+        part = Tokens(*(side[rows] for side in text[level]))
+        scores += rate * score(part, video[level], model.config.masking == "published").cpu()
     return _to_first(
         scores, [len(share(texts, process, rank)) for rank in range(process.world_size)], process
     )

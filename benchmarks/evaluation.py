@@ -1,0 +1,78 @@
+"""Every text of a test against every video: the evaluation's blocks beside the model's own chunked similarity.
+
+python -m benchmarks.evaluation
+
+Seconds are CPU seconds of this process on one thread, so that a busy machine does not decide it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks.report import report
+from hbi.model.similarity import weighted_similarity
+from hbi.model.tokens import Tokens
+from hbi.training.evaluate.score import score
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure: both ways to the same matrix, and how far they are apart."""
+
+    sizes: tuple[tuple[int, int], ...] = ((1000, 500), (4000, 2000))
+    """Texts and videos."""
+    words: int = 24
+    """Places of a text; its words are 7 to as many, as captions are."""
+    frames: int = 12
+    """Of a video."""
+    dim: int = 512
+    """Of a token."""
+    chunk: int = 256
+    """Texts and videos that the model's own way compares at once."""
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        results: dict[str, Any] = {}
+        for texts, videos in self.sizes:
+            text = side(texts, self.words, min(7, self.words), self.dim)
+            video = side(videos, self.frames, self.frames, self.dim)
+            ours, found = seconds(lambda text=text, video=video: score(text, video))
+            theirs, expected = seconds(
+                lambda text=text, video=video: weighted_similarity(text, video, self.chunk)
+            )
+            error = float((found - expected).abs().max())
+            results[f"{texts} x {videos}"] = {
+                "seconds": round(ours, 3), "chunked_seconds": round(theirs, 3),
+                "times_faster": round(theirs / ours, 2), "largest_error": error,
+            }  # fmt: skip
+            print(
+                f"{texts} x {videos}: {ours:.2f} s beside {theirs:.2f} s, {theirs / ours:.2f} times faster, "
+                f"largest error {error:.1e}",
+                flush=True,
+            )
+        report("evaluation", results, words=self.words, frames=self.frames, dim=self.dim, chunk=self.chunk)
+
+
+def side(count: int, n: int, shortest: int, dim: int) -> Tokens:
+    """Tokens of noise, `shortest` to n of each present."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(shortest, n + 1, (count, 1), generator=generator)
+    tokens = torch.randn(count, n, dim, generator=generator)
+    return Tokens(tokens, torch.randn(count, n, generator=generator), torch.arange(n) < lengths)
+
+
+@torch.no_grad()
+def seconds(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """CPU seconds of a run, and what came of it."""
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+if __name__ == "__main__":
+    tyro.cli(Bench, description=__doc__).run()
