@@ -1,10 +1,21 @@
 """Runs on the made corpus, on a laptop: a few steps to see that everything is in place, and the demo."""
 
-from hbi.model.config import LossSettings, ModelConfig, TowerConfig
+from dataclasses import replace
+
+from hbi.model.config import (
+    AnswerConfig,
+    CaptionConfig,
+    DecodeSettings,
+    LossSettings,
+    ModelConfig,
+    ReconstructionConfig,
+    TowerConfig,
+)
 from hbi.training.settings import (
     ComputeSettings,
     DataSettings,
     EvaluateSettings,
+    HeadSettings,
     OptimSettings,
     TrackingSettings,
     TrainConfig,
@@ -56,4 +67,30 @@ def demo() -> TrainConfig:
         workers=WorkerSettings(count=2, cpus=0.5),
         evaluate=EvaluateSettings(every_epochs=10),
         tracking=TrackingSettings(alias="champion", every_steps=50),
+    )
+
+
+def demo_heads() -> TrainConfig:
+    """Answers and captions on the made corpus, from the model of the demo, in a minute.
+
+    Command: `hbi train demo-heads --data demo-out/shards --set.init-from demo-out/run/model`. Measured, from a model of
+    t2v R@1 66.7: after 90 steps (38 s of CPU in one process, measuring included) 54 % of the 1,452 test questions are
+    answered rightly, where the commonest answer of each type gives 22 %; CIDEr 80 (times 100). Captions name the first
+    thing and stop there: 45 steps of them are few. How well the model still retrieves was not measured.
+    """
+    base = demo()
+    return replace(
+        base,
+        name="demo-heads",
+        task=("qa", "caption"),
+        model=replace(
+            base.model,
+            reconstruction=ReconstructionConfig("attention"),
+            answers=AnswerConfig("open", 200),
+            captions=CaptionConfig(layers=1, heads=2, words=32),
+        ),
+        heads=HeadSettings(texts_per_clip=6, decode=DecodeSettings(beam=1, words=30)),
+        optim=replace(base.optim, lr=2e-3, backbone_lr=2e-4, steps=90, warmup=0.05),
+        evaluate=replace(base.evaluate, every_epochs=0, final=("test",)),
+        tracking=replace(base.tracking, alias="", every_steps=10),
     )

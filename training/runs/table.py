@@ -3,7 +3,7 @@
 import inspect
 
 from hbi.training.runs.captions import msrvtt_caption, msvd_caption
-from hbi.training.runs.demo import debug, demo
+from hbi.training.runs.demo import debug, demo, demo_heads
 from hbi.training.runs.questions import activitynet_qa, msrvtt_qa, msvd_qa
 from hbi.training.runs.retrieval import (
     activitynet,
@@ -17,7 +17,7 @@ from hbi.training.runs.retrieval import (
 from hbi.training.settings import TrainConfig
 
 RECIPES = (
-    *(debug, demo, msrvtt, msrvtt_published, msvd, activitynet, didemo, lsmdc, vatex),
+    *(debug, demo, demo_heads, msrvtt, msrvtt_published, msvd, activitynet, didemo, lsmdc, vatex),
     *(msrvtt_qa, msvd_qa, activitynet_qa, msrvtt_caption, msvd_caption),
 )
 RUNS: dict[str, TrainConfig] = {config.name: config for config in (recipe() for recipe in RECIPES)}
