@@ -205,6 +205,7 @@ class _Ranges(io.RawIOBase):
 
     def __init__(self, path: str):
         self.path, self.position, self.bytes = path, 0, size(path)
+        self.start, self.block = 0, b""
 
     def readable(self) -> bool:
         return True
@@ -221,12 +222,17 @@ class _Ranges(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any, /) -> int:
-        end = min(self.bytes, self.position + min(len(buffer), RANGE_BYTES))
-        if end <= self.position:
+        """Small reads share one request: whoever decodes text or gzip asks for some kilobytes at a time."""
+        wanted = min(len(buffer), self.bytes - self.position)
+        if wanted <= 0:
             return 0
-        content = read_range(self.path, self.position, end - self.position)
+        offset = self.position - self.start
+        if not 0 <= offset < len(self.block):
+            length = min(RANGE_BYTES, self.bytes - self.position)
+            self.start, self.block, offset = self.position, read_range(self.path, self.position, length), 0
+        content = memoryview(self.block)[offset : offset + wanted]
         buffer[: len(content)] = content
-        self.position = end
+        self.position += len(content)
         return len(content)
 
     def readall(self) -> bytes:
@@ -241,7 +247,7 @@ class _Ranges(io.RawIOBase):
 def open_file(path: str) -> IO[bytes]:
     """A file for reading, seekable; remote ones are fetched in ranges as they are read."""
     if is_remote(path):
-        return io.BufferedReader(_Ranges(path), buffer_size=RANGE_BYTES)
+        return io.BufferedReader(_Ranges(path))
     return Path(_local(path)).open("rb")
 
 

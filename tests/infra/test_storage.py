@@ -94,6 +94,14 @@ def test_a_range_is_read_by_itself(base: str, remote: ObjectStorage):
         storage.read_range(path, 8, 6)
 
 
+def test_small_reads_share_a_request(remote: ObjectStorage):
+    lines = [f"line {number}" for number in range(20_000)]
+    remote.put("text", "\n".join(lines).encode())
+    with io.TextIOWrapper(storage.open_file(remote.uri("text"))) as stream:
+        assert stream.read().splitlines() == lines
+    assert len([method for method, _ in remote.requests if method == "GET"]) == 1
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "kept"
     storage.write_bytes(str(path), b"before")
