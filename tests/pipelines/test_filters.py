@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -138,6 +138,7 @@ def test_the_same_file_at_the_same_times(tmp_path: Path) -> None:
     assert duplicates(fingerprints, FilterSettings()) == {}
 
 
+@settings(deadline=None)  # a busy machine is slow
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 191), max_size=9)), max_size=25),
     st.integers(0, 3),

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbi.model.config import FrameSettings
@@ -37,6 +37,7 @@ def shots(*levels: int, frames: int = 12) -> bytes:
     return buffer.getvalue()
 
 
+@settings(deadline=None)  # a busy machine is slow
 @given(
     st.floats(0.5, 300),
     st.floats(1, 20),
