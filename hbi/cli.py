@@ -37,6 +37,7 @@ CONTENTS: dict[str, dict[str, type]] = {
         "answer": heads.Answer,
         "caption": heads.Caption,
         "classify": heads.Classify,
+        "explain": heads.Explain,
     },
     "On a cluster": {"submit": cluster.Submit},
 }

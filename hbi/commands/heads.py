@@ -1,11 +1,11 @@
-"""What a model says of videos: answers, captions, labels."""
+"""What a model says of videos: answers, captions, labels, and why a sentence fits."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from hbi.commands.arguments import Model, Tracking
+from hbi.commands.arguments import Model, Out, Text, Tracking
 
 Video = Annotated[Positional[str], arg(metavar="VIDEO")]
 """A video file, local or s3://."""
@@ -92,3 +92,31 @@ class Classify:
         model = hbi.load(self.model, tracking=self.tracking)
         for label, probability in model.classify(self.video, list(self.labels), self.template):
             print(f"{probability:6.3f}  {label}")
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Draw which word of a sentence met which frame of a video.
+
+    Example: hbi explain models:/hbi@champion one.mp4 "the red square moves left" why.png
+    """
+
+    model: Model
+    """A folder, models:/name@alias, models:/name/version, or the file of a published checkpoint."""
+    video: Video
+    """The video, local or s3://."""
+    text: Text
+    """The sentence."""
+    out: Out
+    """The picture to write, .png, .svg or .pdf."""
+    tracking: Tracking = None
+    """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+
+    def run(self) -> None:
+        import hbi
+        from hbi.serving.picture import draw_explanation, require_picture
+
+        require_picture(self.out)
+        explanation = hbi.load(self.model, tracking=self.tracking).explain(self.video, self.text)
+        draw_explanation(explanation, self.text, self.out)
+        print(self.out)
