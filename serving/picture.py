@@ -18,7 +18,10 @@ def require_picture(out: str) -> None:
 
 
 def draw_explanation(explanation: Explanation, text: str, out: str) -> None:
-    """Writes the picture: red where a word and a frame belong together, blue where they are at odds."""
+    """Writes the picture: red where a word and a frame belong together, blue where they are at odds.
+
+    Beside each word and under each frame stands what it adds by itself.
+    """
     import matplotlib
 
     matplotlib.use("agg", force=False)
@@ -32,7 +35,16 @@ def draw_explanation(explanation: Explanation, text: str, out: str) -> None:
     pictures.set_axis_off()
     limit = float(np.abs(explanation.interaction).max()) or 1.0
     shown = table.imshow(explanation.interaction, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    table.set_yticks(range(len(words)), words)
-    table.set_xticks(range(count), [f"{time:.2f} s" for time in explanation.times])
+    table.set_yticks(
+        range(len(words)), [_valued(*pair) for pair in zip(words, explanation.word_values, strict=True)]
+    )
+    stamps = [f"{time:.2f} s" for time in explanation.times]
+    table.set_xticks(
+        range(count), [_valued(*pair) for pair in zip(stamps, explanation.frame_values, strict=True)]
+    )
     figure.colorbar(shown, ax=table, label="interaction", location="bottom", shrink=0.5)
     figure.savefig(out, dpi=120)
+
+
+def _valued(name: str, value: float) -> str:
+    return f"{name}  {value:+.3f}" if value else name

@@ -14,8 +14,11 @@ def test_frames_and_extremes_are_in_the_picture(tmp_path: Path) -> None:
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     frames[0, ..., 0], frames[1, ..., 1] = 250, 250
     interaction = np.array([[0.5, -0.5], [0.0, 0.25]], dtype=np.float32)
+    values = np.array([0.1, 0.2], dtype=np.float32)
     draw_explanation(
-        Explanation(["red", "left"], [0.0, 1.5], interaction, frames), "red left", str(tmp_path / "why.png")
+        Explanation(["red", "left"], [0.0, 1.5], interaction, values, values, frames),
+        "red left",
+        str(tmp_path / "why.png"),
     )
     pixels = np.asarray(Image.open(tmp_path / "why.png").convert("RGB")).reshape(-1, 3)
     shown, counts = np.unique(pixels, axis=0, return_counts=True)
