@@ -17,13 +17,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbi.answers import Clips, ask, count_verdicts, example_lines, verdict_table
 from hbi.commands.corpora import Corpus
 from hbi.commands.search import BuildIndex
 from hbi.commands.training import Train
 from hbi.pipelines.corpus.truth import Verdict
+
+if TYPE_CHECKING:
+    from hbi.serving.front import Served
 
 FORMAT = 2
 """Of a demo folder: another version's is not resumed."""
@@ -127,7 +130,8 @@ def run(settings: DemoSettings) -> None:
     under `LEAST_RECALL`."""
     from hbi.infra.ray_runtime import ray_running
     from hbi.pipelines.corpus.make import check_clips
-    from hbi.serving.app import free_port
+    from hbi.serving.front import free_port
+    from hbi.serving.settings import IndexSettings
 
     check_clips(settings.clips)
     free_port("127.0.0.1", settings.port)
@@ -147,17 +151,20 @@ def run(settings: DemoSettings) -> None:
             with demo.stage(
                 "index", f"the frame tokens of the test clips, none of them trained on, by {MODEL}"
             ):
-                BuildIndex(MODEL, demo.path("shards"), demo.path("index"), "test", tracking=tracking).run()
-        counted = _search(demo, tracking, settings.port)
-        print(table(demo, counted), flush=True)
-        recall = demo.stages["train"]["metrics"]["test/t2v/R@1"]
-        if settings.clips >= DEFAULT_CLIPS and recall < LEAST_RECALL:
-            raise RuntimeError(
-                f"text-to-video R@1 is {recall:.1f} %, under {LEAST_RECALL:.0f} %: the model or its training is wrong"
-            )
-        print(next_commands(Path(settings.out), tracking), flush=True)
-        if settings.serve:
-            _keep_serving(tracking, settings.port)
+                made_of = IndexSettings(split="test")
+                BuildIndex(MODEL, demo.path("shards"), demo.path("index"), made_of, tracking=tracking).run()
+        with _served(demo, tracking, settings.port) as served:
+            counted = _search(demo, served.address)
+            print(table(demo, counted), flush=True)
+            recall = demo.stages["train"]["metrics"]["test/t2v/R@1"]
+            if settings.clips >= DEFAULT_CLIPS and recall < LEAST_RECALL:
+                raise RuntimeError(
+                    f"text-to-video R@1 is {recall:.1f} %, under {LEAST_RECALL:.0f} %: "
+                    "the model or its training is wrong"
+                )
+            print(next_commands(Path(settings.out), tracking), flush=True)
+            if settings.serve:
+                _keep_serving(tracking, settings.port)
 
 
 def _shard(demo: Demo) -> None:
@@ -182,14 +189,19 @@ def _train(demo: Demo, tracking: str) -> None:
         result.update(metrics=made.metrics, run_id=made.run_id)
 
 
-def _search(demo: Demo, tracking: str, port: int) -> dict[int, Counter[Verdict]]:
-    """Asks the running search, prints a few answers, and counts them all."""
-    from hbi.infra.mlflow.resolve import resolve_model
-    from hbi.serving.app import start
+def _served(demo: Demo, tracking: str, port: int) -> "Served":
+    from hbi.serving.front import model_of, start
+    from hbi.serving.settings import ServeSettings
 
+    index = demo.path("index")
+    settings = ServeSettings(port=port, media_root=[demo.path("corpus")])
+    return start(model_of(index, MODEL, tracking), index, settings)
+
+
+def _search(demo: Demo, address: str) -> dict[int, Counter[Verdict]]:
+    """Asks the running search, prints a few answers, and counts them all."""
     clips = Clips.read(Path(demo.path("corpus/manifest.jsonl")), demo.settings["seed"])
     with demo.stage("search", f"Ray Serve answers over HTTP with {MODEL}"):
-        address = start(resolve_model(MODEL, tracking), demo.path("index"), port=port)
         for question in clips.examples():
             print("\n".join(example_lines(clips, question, ask(address, question.text, 3))))
         return count_verdicts(clips, address)
@@ -272,7 +284,7 @@ def _keep_serving(tracking: str, port: int) -> None:
 
 def _next_free(port: int) -> int:
     """The first port from this one on that nothing listens on."""
-    from hbi.serving.app import free_port
+    from hbi.serving.front import free_port
 
     for candidate in range(port, min(port + 50, 65536)):
         with contextlib.suppress(ValueError):

@@ -1,191 +1,251 @@
-"""The Ray Serve application: a sentence in, ranked videos out, and the reason for each; with the page at `/`."""
+"""Search over HTTP: the endpoints, in front of the replicas on Ray Serve.
+
+`hbi.serving.front` listens with it (uvicorn), or Serve's own proxies do. A client that does not read, or does not
+finish what it sends, costs a socket and no replica. Every refusal is one line, `{"detail": …}`.
+"""
 
 import asyncio
-import logging
-import socket
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
-from fastapi import FastAPI, HTTPException
+import anyio
+import fastapi_offline
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
-from pydantic import BaseModel, Field
-from ray import serve
+from starlette.exceptions import HTTPException
 
 from hbi.infra import storage
-from hbi.model.frames import from_jpegs
-from hbi.model.tokenizer import load_tokenizer
-from hbi.model.weights import load_model
-from hbi.pipelines.decoding.clip import Clip, DecodeError
-from hbi.pipelines.decoding.decoder import Decoder
-from hbi.serving.index.table import TokenIndex, Video, encode_query, encode_video
+from hbi.serving.auth import COOKIE, Bodies, Guard, Heads, same, session_of
+from hbi.serving.deploy import logs
+from hbi.serving.engine import FRESH_SECONDS
+from hbi.serving.index.rows import IndexUnavailable
+from hbi.serving.media import keep_upload, kind_of_static, look_at, play
+from hbi.serving.operations import (
+    LONGEST_TEXT,
+    PATIENCE,
+    Asked,
+    ExplainRequest,
+    Front,
+    NewVideo,
+    Plain,
+    SearchRequest,
+)
+from hbi.serving.refusal import Refused, require_text
 
-api = FastAPI(title="hbi", description="Text-to-video search by Hierarchical Banzhaf Interaction.")
-APP_NAME = "hbi"
-
-
-class SearchRequest(BaseModel):
-    """A sentence, and how many videos to answer with."""
-
-    text: Annotated[str, Field(min_length=1, max_length=2000)]
-    k: Annotated[int, Field(ge=1, le=1000)] = 10
-
-
-class Result(BaseModel):
-    """One video of an answer."""
-
-    id: str
-    score: float
-    video: str
-    start: float
-    end: float
+PAGE = Path(__file__).parent / "page"
+DOCS = Path(fastapi_offline.__file__).parent / "static"
 
 
-class SearchResponse(BaseModel):
-    """Videos, best first."""
-
-    results: list[Result]
-
-
-class ExplainRequest(BaseModel):
-    """A sentence, and the video whose match with it is to be explained."""
-
-    text: Annotated[str, Field(min_length=1, max_length=2000)]
-    id: str
-
-
-class Explanation(BaseModel):
-    """The exact Banzhaf interaction of every word with every frame: `interaction[word][frame]`."""
-
-    words: list[str]
-    times: list[float]
-    interaction: list[list[float]]
+def build_api(front: Front) -> Any:
+    """The whole application, ASGI: endpoints, and around them who may ask and how much."""
+    api = FastAPI(
+        title="hbi",
+        description="Text-to-video search by Hierarchical Banzhaf Interaction.",
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=Plain,
+    )
+    _refusals(api)
+    _searching(api, front)
+    _videos(api, front)
+    _pages(api, front)
+    return Heads(Guard(Bodies(api, front.settings), front.settings))
 
 
-class NewVideo(BaseModel):
-    """A video to add to the index that is being served (not to the folder it came from)."""
-
-    video: str
-    id: str | None = None
-    start: float | None = None
-    end: float | None = None
-
-
-# Above the deployment: Serve takes the class along as it stands when it is decorated, with what it can see by then.
-def _unknown(id: str) -> HTTPException:
-    return HTTPException(404, f"no video {id!r} in the index")
-
-
-@serve.deployment(max_ongoing_requests=16, max_queued_requests=128, ray_actor_options={"num_cpus": 0.5})
-@serve.ingress(api)
-class Search:
-    """One replica: the model, the tokenizer and the index in memory."""
-
-    def __init__(self, model_folder: str, index_folder: str) -> None:
-        self.model = load_model(model_folder).eval()
-        self.tokenizer = load_tokenizer(model_folder)
-        self.index = TokenIndex.open(index_folder)
-        self.adding = asyncio.Lock()
+def _searching(api: FastAPI, front: Front) -> None:
+    ask = front.backend.ask
 
     @api.post("/search")
-    def search(self, request: SearchRequest) -> SearchResponse:
-        """The `k` videos that match the sentence best, best first; the score is the weighted token-wise similarity."""
-        query, _ = encode_query(self.model, self.tokenizer, request.text)
-        found = self.index.search(query, request.k)
-        return SearchResponse(
-            results=[Result(id=v.id, score=s, video=v.video, start=v.start, end=v.end) for s, v in found]
+    async def search(request: SearchRequest) -> Any:
+        """The `k` videos that match the sentence best, best first, or that are most like the video `like`."""
+        page = front.page(request)
+        if (request.text is None) == (request.like is None):
+            raise Refused(422, "give either `text` or `like`")
+        if request.like is not None:
+            return Plain(await ask("replica", "like", (await front.clip(request.like)).id, page))
+        return Plain(
+            await ask("replica", "find", require_text("text", request.text or "", LONGEST_TEXT), page)
         )
 
-    @api.post("/explain")
-    def explain(self, request: ExplainRequest) -> Explanation:
-        """Which word met which frame."""
-        query, words = encode_query(self.model, self.tokenizer, request.text)
+    @api.post("/search/video", openapi_extra=_form("k", "offset"))
+    async def search_by_video(request: Request) -> Any:
+        """The videos that are most like the one in the form's `file`."""
+        path, _, fields = await front.upload(_a_form(request))
         try:
-            interaction, video = self.index.explain(query, request.id)
-        except KeyError:
-            raise _unknown(request.id) from None
-        interaction = interaction[:, : len(video.timestamps)]
-        return Explanation(words=words, times=video.timestamps, interaction=interaction.tolist())
+            asked = Asked.model_validate({name: values[-1] for name, values in fields.items()})
+            return Plain(await ask("replica", "find_example", path, front.page(asked), patience=PATIENCE))
+        finally:
+            Path(path).unlink(missing_ok=True)
 
-    @api.post("/videos", status_code=201)
-    async def add(self, request: NewVideo) -> dict[str, Any]:
-        """Adds a video (a path or URI that the server can read), cut as the index's shards were; same id replaces."""
-        id = request.id or Path(request.video).stem
+    @api.post("/explain")
+    async def explain(request: ExplainRequest) -> Any:
+        """The exact Banzhaf interaction of every word with every frame: `interaction[word][frame]`."""
+        text = require_text("text", request.text, LONGEST_TEXT)
+        return Plain(await ask("replica", "explain", text, (await front.clip(request.id)).id))
+
+
+def _videos(api: FastAPI, front: Front) -> None:
+    @api.post("/videos", status_code=201, openapi_extra=_form("id", "captions", "start", "end", "replace"))
+    async def add(request: Request) -> Any:
+        """Adds a video: JSON that names one inside the media roots, or a form with its `file`."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind == "application/json":
+            new = NewVideo.model_validate_json(await request.body() or b"null")
+            place = await anyio.to_thread.run_sync(front.roots.to_add, new.video)
+            return await front.add(new, place, new.video)
+        path, name, fields = await front.upload(_a_form(request))
         try:
-            frames, clip = await asyncio.to_thread(self._decode, request)
-        except (OSError, ValueError, DecodeError) as error:
-            raise HTTPException(422, f"{request.video}: {error}") from None
-        tokens = await asyncio.to_thread(encode_video, self.model, frames[None])
-        async with self.adding:
-            video = Video(id, request.video, clip.start, clip.end, clip.timestamps)
-            self.index = self.index.plus(tokens, [video])
-        return {"id": id, "frames": len(frames), "videos": len(self.index.videos)}
+            values: dict[str, Any] = {key: value[-1] for key, value in fields.items() if value[-1] != ""}
+            values["captions"] = [caption for caption in fields.get("captions", []) if caption.strip()]
+            new = NewVideo.model_validate(values | {"video": name})
+            await anyio.to_thread.run_sync(look_at, path)
+            place = await anyio.to_thread.run_sync(keep_upload, path, name, front.table.uploads)
+        finally:
+            Path(path).unlink(missing_ok=True)
+        try:
+            return await front.add(new, place, name)
+        except BaseException:
+            await asyncio.shield(anyio.to_thread.run_sync(storage.delete, place))
+            raise
 
     @api.delete("/videos/{id:path}")
-    async def remove(self, id: str) -> dict[str, Any]:
-        """Removes a video from the index that is being served."""
-        async with self.adding:
-            try:
-                self.index = self.index.without([id])
-            except KeyError:
-                raise _unknown(id) from None
-        return {"id": id, "videos": len(self.index.videos)}
+    async def remove(id: str) -> Any:
+        """Removes a video from the index; a file that was uploaded goes with it."""
+        return await front.remove(id)
+
+    @api.get("/videos/{id:path}")
+    async def about(id: str) -> Any:
+        """What the index knows of a video."""
+        clip = await front.clip(id)
+        names = ("id", "video", "start", "end", "captions", "split", "metadata")
+        return Plain({name: getattr(clip, name) for name in names} | {"frames": len(clip.timestamps)})
 
     @api.get("/media/{id:path}")
-    def media(self, id: str) -> Response:
-        """The source video of an id in the index, for the page."""
-        try:
-            video = self.index.videos[self.index.position(id)]
-        except KeyError:
-            raise _unknown(id) from None
-        try:
-            if storage.is_remote(video.video):
-                return Response(storage.read_bytes(video.video), media_type="video/mp4")
-            if not Path(video.video).is_file():
-                raise FileNotFoundError
-            return FileResponse(video.video)
-        except OSError:
-            raise HTTPException(404, f"{video.video}: the source video cannot be read") from None
+    async def media(id: str, request: Request) -> Any:
+        """The source video of an id, with ranges; `Clip-Start` and `Clip-End` say which part of it is the clip."""
+        clip = await front.clip(id)
+        place = await anyio.to_thread.run_sync(front.roots.inside, clip.source)
+        times = {"Clip-Start": f"{clip.start:.6f}", "Clip-End": f"{clip.end:.6f}"}
+        return await play(request, place, times)
+
+    @api.get("/frames/{id:path}/{number}.jpg")
+    async def frame(id: str, number: int) -> Any:
+        """A small picture of one of the frames that the index holds, counted from 0."""
+        clip = await front.clip(id)
+        pictures = await anyio.to_thread.run_sync(front.table.snapshot(FRESH_SECONDS).thumbnails, clip.id)
+        if not 0 <= number < len(pictures):
+            raise Refused(404, f"no picture {number} of video {id!r}")
+        return Response(
+            pictures[number], media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"}
+        )
+
+
+def _pages(api: FastAPI, front: Front) -> None:
+    policy = {
+        "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        "object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
     @api.get("/health")
-    def health(self) -> dict[str, Any]:
-        """Whether it serves, what, and how many videos."""
-        return {"status": "ok", "model": self.index.maker.model, "videos": len(self.index.videos)}
+    async def health() -> Any:
+        """Whether it serves, which model answers, and how many videos there are."""
+        return Plain(await front.health())
 
-    @api.get("/")
-    def page(self) -> HTMLResponse:
-        """The search page."""
-        return HTMLResponse((Path(__file__).parent / "page" / "index.html").read_text())
+    @api.post("/session", include_in_schema=False)
+    async def session(request: Request) -> Any:
+        key = front.settings.api_key
+        given = request.headers.get("authorization", "").partition(" ")[2].strip()
+        if key and not same(given, key):
+            raise Refused(401, "that is not the server's key", {"WWW-Authenticate": "Bearer"})
+        answer = Plain({"status": "ok"})
+        if key:
+            answer.set_cookie(COOKIE, session_of(key), httponly=True, samesite="strict")
+        return answer
 
-    def _decode(self, request: NewVideo) -> tuple[np.ndarray, Clip]:
-        """The clip cut as the shards were, through the same JPEG: its tokens equal those of a sharded clip."""
-        with Decoder.of_settings(self.index.maker.shards) as decoder:
-            clip = decoder.decode(storage.read_bytes(request.video), request.start, request.end)
-        return from_jpegs(clip.jpegs), clip
+    @api.get("/", include_in_schema=False)
+    async def page() -> Any:
+        return HTMLResponse((PAGE / "index.html").read_text(), headers=policy)
+
+    @api.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Any:
+        if name not in {file.name for file in PAGE.iterdir()}:
+            raise Refused(404, f"no file {name!r}")
+        return FileResponse(PAGE / name, media_type=kind_of_static(name), headers=policy)
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> Any:
+        # Addresses are relative: they hold behind any prefix.
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="hbi",
+            swagger_js_url="docs/swagger-ui-bundle.js",
+            swagger_css_url="docs/swagger-ui.css",
+            swagger_favicon_url="docs/favicon.png",
+        )
+
+    @api.get("/docs/{name}", include_in_schema=False)
+    async def docs_part(name: str) -> Any:
+        if name not in {file.name for file in DOCS.iterdir()}:
+            raise Refused(404, f"no file {name!r}")
+        return FileResponse(DOCS / name, media_type=kind_of_static(name))
 
 
-def free_port(host: str, port: int) -> None:
-    """ValueError if nothing can listen there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(
-                f"--port {port}: cannot listen on {host} ({error}): choose another --port"
-            ) from None
+def _refusals(api: FastAPI) -> None:
+    @api.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return Plain({"detail": error.detail}, error.status, error.headers)
+
+    @api.exception_handler(IndexUnavailable)
+    @api.exception_handler(storage.StorageError)
+    async def unavailable(request: Request, error: Exception) -> Response:
+        return Plain({"detail": str(error)}, 503, {"Retry-After": "2"})
+
+    @api.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return Plain({"detail": str(error.detail)}, error.status_code, dict(error.headers or {}))
+
+    from pydantic import ValidationError
+
+    @api.exception_handler(ValidationError)
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: Any) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        return Plain({"detail": f"{where}: {first['msg']}"}, 422)
+
+    @api.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        print(
+            f"{request.method} {request.url.path} failed: {said}; logs: {logs()}", file=sys.stderr, flush=True
+        )
+        return Plain(
+            {"detail": "the server failed at this request; its console says where the logs are"}, 500
+        )
 
 
-def start(model_folder: str, index_folder: str, host: str = "127.0.0.1", port: int = 8000) -> str:
-    """Deploys the application on the running Ray and returns its address; ValueError if the port is taken."""
-    free_port(host, port)
-    TokenIndex.open(index_folder)  # refuse what is no index here, in one line, not in a replica's log
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(Search.bind(model_folder, storage.absolute(index_folder)), name=APP_NAME, route_prefix="/")
-    return f"http://{host}:{port}"
+def _a_form(request: Request) -> Request:
+    """The request itself; 415 where it brings neither JSON nor a form."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise Refused(
+            415, f"Content-Type {kind!r}: send application/json, or multipart/form-data with a `file`"
+        )
+    return request
 
 
-def stop() -> None:
-    """Takes the application and its HTTP proxy down."""
-    serve.shutdown()
+def _form(*fields: str) -> dict[str, Any]:
+    """A form with a file, for the schema."""
+    properties: dict[str, Any] = {"file": {"type": "string", "format": "binary"}}
+    properties |= {name: {"type": "string"} for name in fields}
+    return {
+        "requestBody": {
+            "content": {"multipart/form-data": {"schema": {"type": "object", "properties": properties}}}
+        }
+    }

@@ -31,6 +31,7 @@ ONLY_IN = {
     "mlflow": ("infra/mlflow/", "serving/pyfunc.py"),
     "fsspec": ("infra/storage.py",),
     "decord": ("pipelines/decoding/",),
+    "lancedb": ("serving/index/",),
     "av": ("pipelines/decoding/", "pipelines/corpus/"),
 }
 FILES = {

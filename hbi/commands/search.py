@@ -4,30 +4,31 @@ import threading
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from hbi.commands.arguments import Index, Model, Shards, Text, Tracking
+from hbi.commands.arguments import Index, Text, Tracking
+from hbi.serving.settings import IndexSettings, ServeSettings
 
 
 @dataclass(frozen=True)
 class BuildIndex:
-    """Build the token index of a shard folder with a model.
+    """Build the index of a shard folder with a model, add shards to it, or show what is in it.
+
+    Run again, it does only what is missing.
 
     Example: hbi index models:/hbi@champion shards index
     """
 
-    model: Model
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = ""
     """A model folder, models:/name@alias or models:/name/version."""
-    shards: Shards
+    shards: Annotated[Positional[str], arg(metavar="SHARDS")] = ""
     """A folder that `hbi shard` wrote, local or s3://."""
-    index: Index
+    index: Annotated[Positional[str], arg(metavar="INDEX")] = ""
     """Folder or s3:// URI to write to."""
-    split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
-    """Index this split only; all of them otherwise."""
-    batch: int = 32
-    """Clips encoded at once."""
-    gpus: int = 0
-    """GPUs to encode on; 0 encodes on the CPU."""
+    settings: OmitArgPrefixes[IndexSettings] = IndexSettings()  # noqa: RUF009 (frozen)
+    """How it is made."""
+    show: Annotated[str | None, arg(metavar="INDEX", help_behavior_hint="")] = None
+    """Show what is in this index, and do nothing else."""
     tracking: Tracking = None
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
@@ -37,18 +38,27 @@ class BuildIndex:
         from hbi.infra.mlflow.store import tracking_uri
         from hbi.infra.ray_runtime import ray_running
         from hbi.pipelines.sample import ShardIndex
-        from hbi.serving.index.build import index_shards
-        from hbi.serving.index.table import Maker
+        from hbi.serving.index.build import Progress, describe, index_shards, show
 
-        uri = tracking_uri(self.tracking)
-        maker = Maker(pin_model(self.model, uri), uri, ShardIndex.read(self.shards).settings)
-        folder = resolve_model(maker.model, uri)
+        if self.show is not None:
+            print(show(self.show))
+            return
+        if not (self.model and self.shards and self.index):
+            raise ValueError("give MODEL, SHARDS and INDEX; or --show INDEX")
+        shards = ShardIndex.read(self.shards)
+        uri = tracking_uri(self.tracking) if self.model.startswith("models:/") else ""
+        model = pin_model(self.model, uri)
+        metadata = describe(model, uri, resolve_model(model, uri), shards)
+        progress = Progress(0, 0)
         with ray_running(), progress_bar("index") as bar:
-            for done, bar.total in index_shards(
-                folder, maker, self.shards, self.index, self.split, self.batch, self.gpus
-            ):
-                bar.update(done - bar.n)
-        print(f"{self.index}: tokens of {bar.n} clips by {maker.model}")
+            for progress in index_shards(metadata, self.shards, self.index, self.settings):
+                bar.total = progress.total
+                bar.update(progress.done - bar.n)
+        print(f"{self.index}: tokens of {progress.total} clips by {model}")
+        if progress.renamed:
+            print(
+                f"{progress.renamed} clips had an id that another clip has: they are called id#2, id#3, ..."
+            )
 
 
 @dataclass(frozen=True)
@@ -64,51 +74,68 @@ class Search:
     """The sentence."""
     k: Annotated[int, arg(aliases=["-k"])] = 10
     """How many videos to show."""
+    tracking: Tracking = None
+    """MLflow store of the index's model (default: MLFLOW_TRACKING_URI, else the one that the index names)."""
 
     def run(self) -> None:
-        from hbi.infra.mlflow.resolve import resolve_model
-        from hbi.model.tokenizer import load_tokenizer
-        from hbi.model.weights import load_model
-        from hbi.serving.index.table import TokenIndex, encode_query
+        from hbi.serving.engine import Engine, Page
+        from hbi.serving.front import model_of
+        from hbi.serving.refusal import Refused, require_text
 
-        if not self.text.strip():
-            raise ValueError("the sentence is empty: write what the video shows")
         if self.k < 1:
             raise ValueError(f"-k {self.k}: ask for 1 video or more")
-        held = TokenIndex.open(self.index)
-        folder = resolve_model(held.maker.model, held.maker.tracking)
-        query, _ = encode_query(load_model(folder).eval(), load_tokenizer(folder), self.text)
-        for rank, (score, video) in enumerate(held.search(query, self.k), 1):
-            print(f"{rank:3d}  {score:6.3f}  {video.id}  {video.video}  {video.start:.2f}-{video.end:.2f} s")
+        try:
+            text = require_text("the sentence", self.text, 100_000)
+        except Refused as refused:
+            raise ValueError(f"{refused.detail}: write what the video shows") from None
+        answering = model_of(self.index, None, self.tracking)
+        engine = Engine(answering.folder, answering.tracking, self.index)
+        answer = engine.find(engine.encode([text])[0], Page(self.k))
+        for rank, found in enumerate(answer["results"], 1):
+            first, last = found["moment"]
+            print(
+                f"{rank:3d}  {found['score']:6.3f}  {found['id']}  {found['video']}  "
+                f"{found['start']:.2f}-{found['end']:.2f} s  moment {first:.2f}-{last:.2f} s"
+            )
+        if answer["note"]:
+            print(answer["note"])
 
 
 @dataclass(frozen=True)
 class Serve:
     """Answer text-to-video queries over HTTP, with a search page at / and the schema at /docs. Until Ctrl-C.
 
-    Example: hbi serve models:/hbi@champion index --port 8000
+    With INDEX alone, the model that made the index answers. HBI_API_KEY holds a key that clients must send.
+
+    Example: hbi serve models:/hbi@champion index --port 8000 --media-root videos
     """
 
-    model: Model
-    """The model that made the index: a folder, models:/name@alias or models:/name/version."""
-    index: Index
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """The model that made the index: a folder, models:/name@alias or models:/name/version. May be left out."""
+    index: Annotated[Positional[str], arg(metavar="INDEX")] = ""
     """A folder that `hbi index` wrote, local or s3://."""
-    port: int = 8000
-    """To listen on."""
-    host: str = "127.0.0.1"
-    """To listen on; 0.0.0.0 for every interface."""
+    settings: OmitArgPrefixes[ServeSettings] = ServeSettings()  # noqa: RUF009 (frozen)
+    """Who may ask for what."""
     tracking: Tracking = None
-    """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
+    """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else the one that the index names)."""
 
     def run(self) -> None:
-        from hbi.infra.mlflow.resolve import resolve_model
-        from hbi.infra.mlflow.store import tracking_uri
         from hbi.infra.ray_runtime import ray_running
-        from hbi.serving.app import free_port, start
+        from hbi.serving.deploy import logs, prometheus
+        from hbi.serving.front import free_port, model_of, start
 
-        free_port(self.host, self.port)
-        folder = resolve_model(self.model, tracking_uri(self.tracking))
-        with ray_running():
-            address = start(folder, self.index, self.host, self.port)
-            print(f"search page  {address}/\nschema       {address}/docs\nCtrl-C ends it", flush=True)
+        model, index = (self.model, self.index) if self.index else (None, self.model)
+        free_port(self.settings.host, self.settings.port)
+        answering = model_of(index, model, self.tracking)
+        with ray_running(), start(answering, index, self.settings) as served:
+            print(
+                f"search page  {served.address}/\nschema       {served.address}/docs\nmodel        {answering.model}"
+            )
+            if not self.settings.media_root:
+                print(
+                    "videos       none are played but uploads: --media-root FOLDER allows those in a folder"
+                )
+            if metrics := prometheus():
+                print(f"Prometheus   {metrics}")
+            print(f"logs         {logs()}\nCtrl-C ends it", flush=True)
             threading.Event().wait()

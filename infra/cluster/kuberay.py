@@ -75,12 +75,12 @@ def rayjob(command: Sequence[str], name: str, retries: int, settings: ClusterSet
 
 
 def rayservice(arguments: Mapping[str, str], name: str, settings: ClusterSettings) -> str:
-    """The manifest of a RayService, YAML. arguments: what `hbi.serving.app:application` is given."""
+    """The manifest of a RayService, YAML. arguments: what `hbi.serving.front:application` is given."""
     serve = {
         "applications": [
             {
                 "name": "hbi",
-                "import_path": "hbi.serving.app:application",
+                "import_path": "hbi.serving.front:application",
                 "route_prefix": "/",
                 "args": dict(arguments),
             }

@@ -1,82 +1,223 @@
-"""A model over shards: the frame tokens of every clip, written as parts of a token index; one Ray Data row a shard."""
+"""A model over shards: the tokens of every clip, as rows of the index; one Ray Data row, and one commit, a shard.
 
+Restartable: a shard that is in the table is not done again. Ids are unique in an index: a clip whose id is taken by
+another clip is called `id#2`, `id#3`, …
+"""
+
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from hbi.infra import storage
 from hbi.infra.ray_runtime import dataset_of
-from hbi.model.tokens import Tokens
 from hbi.model.weights import read_config
-from hbi.pipelines.sample import Sample, ShardIndex, check_shards, read_shard
-from hbi.serving.index.table import Maker, PartWriter, Video, encode_video
+from hbi.pipelines.sample import Sample, ShardIndex, ShardInfo, check_shards, read_shard
+from hbi.serving.index.rows import Clip, as_text, rows_of
+from hbi.serving.index.table import INDEX_NAME, ClipTable, IndexMetadata
+from hbi.serving.settings import IndexSettings
 
 
 class EmbedShard:
-    """An actor that holds the model and turns one shard into one part of the index."""
+    """An actor that holds the model and turns one shard into rows of the index."""
 
-    def __init__(self, model_folder: str, out: str, batch: int, gpu: bool) -> None:
+    def __init__(self, model: str, tracking: str, settings: IndexSettings) -> None:
+        """model: a name or folder, resolved here: this may be another machine."""
         import torch
 
+        from hbi.infra.mlflow.resolve import resolve_model
         from hbi.model.weights import load_model
 
-        self.model = load_model(model_folder).eval().to("cuda" if gpu else "cpu")
-        self.writer = PartWriter(out)
-        self.batch = batch
-        if not gpu:
+        device = "cuda" if settings.gpus else "cpu"
+        self.model = load_model(resolve_model(model, tracking)).eval().to(device)
+        self.settings = settings
+        if not settings.gpus:
             torch.set_num_threads(max(1, (torch.get_num_threads() + 1) // 2))
 
     def __call__(self, row: dict) -> dict:
-        """`{"path", "name"}` of a shard to the part's row `{"name", "videos"}`."""
-        import torch
+        """`{"path", "split", "part"}` of a shard to `{"rows", "part"}`: its rows, as an Arrow stream."""
+        from hbi.serving.encode import encode_video, encoded_rows
 
-        tokens, videos = [], []
+        clips, encoded = [], []
         with storage.open_file(row["path"]) as stream:
-            for samples in _groups(read_shard(stream), self.batch):
-                tokens.append(encode_video(self.model, np.stack([sample.images() for sample in samples])))
-                videos += [Video(s.id, s.source, s.start, s.end, s.timestamps) for s in samples]
-        stacked = Tokens(*(torch.cat(same) for same in zip(*tokens, strict=True)))
-        return self.writer.write(row["name"], stacked, videos)
+            for samples in _groups(read_shard(stream), self.settings.batch):
+                tokens = encode_video(self.model, np.stack([sample.images() for sample in samples]))
+                encoded += encoded_rows(tokens, [s.frames for s in samples], self.settings.thumbnail_pixels)
+                clips += [_clip(sample, row["split"], row["part"]) for sample in samples]
+        rows = rows_of(clips, encoded)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        return {"part": row["part"], "rows": sink.getvalue().to_pybytes()}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an index is."""
+
+    done: int
+    """Clips that are in it, of those asked for."""
+    total: int
+    """Clips asked for."""
+    renamed: int = 0
+    """Clips whose id was taken by another clip."""
 
 
 def index_shards(
-    model_folder: str,
-    maker: Maker,
-    shards: str,
-    out: str,
-    split: str | None = None,
-    batch: int = 32,
-    gpus: int = 0,
-) -> Iterator[tuple[int, int]]:
-    """Builds the index `out` of one split, or of all; yields videos done and in all. Needs Ray to be running.
+    metadata: IndexMetadata, shards: str, out: str, settings: IndexSettings
+) -> Iterator[Progress]:
+    """Brings the clips of a shard folder into the index `out`, which is made if it is not there. Needs Ray.
 
-    Raises ValueError where `shards` is no shard folder, holds nothing, or holds frames that the model does not take.
+    metadata: as `describe` gives it. Raises ValueError where `shards` is no shard folder or holds nothing, where its
+    frames are not what the model takes, and where `out` was made by another model, or of other shards (without `add`).
     """
-    import ray
-
     index = ShardIndex.read(shards)
-    wanted = index.of_split(split) if split else [shard for shard in index.shards if shard.samples]
-    check_shards(index, read_config(model_folder))
+    wanted = index.of_split(settings.split) if settings.split else [s for s in index.shards if s.samples]
     if not wanted:
         raise ValueError(f"{shards}: no samples to index: look into failures.jsonl there")
-    rows = [{"path": index.path(shard), "name": shard.name.removesuffix(".tar")} for shard in wanted]
+    table = _open(out, metadata, {_part(shard) for shard in wanted}, settings)
+    have = table.parts()
+    missing = [shard for shard in wanted if _part(shard) not in have]
+    total = sum(shard.samples for shard in wanted)
+    done, renamed = total - sum(shard.samples for shard in missing), 0
+    yield Progress(done, total)
+    if missing:
+        replace(metadata, complete=False).write(table.folder)
+        taken = {id: (source, start, end) for id, source, start, end in table.snapshot().ids()}
+        for rows in _embedded(index, missing, metadata, settings):
+            rows, count = _unique(rows, taken)
+            renamed += count
+            done += len(rows)
+            table.add(rows, replace=True)
+            yield Progress(done, total, renamed)
+    table.maintain()
+    metadata.write(table.folder)
+
+
+def describe(model: str, tracking: str, folder: str, shards: ShardIndex) -> IndexMetadata:
+    """What an index of these shards by this model says of itself. folder: where the model lies on this machine.
+
+    Raises ValueError for shards whose frames the model does not take.
+    """
+    from hbi.serving.encode import model_digest
+
+    config = read_config(folder)
+    check_shards(shards, config)
+    return IndexMetadata(model, model_digest(folder), tracking, shards.settings, config.towers.dim)
+
+
+def show(folder: str) -> str:
+    """What is in an index, as lines of text. ValueError says why the folder is none."""
+    table = ClipTable.open(folder, unfinished=True)
+    about, snapshot = table.metadata, table.snapshot()
+    shards = {part.split(":")[0] for part in snapshot.counts("part") if not part.startswith("request:")}
+    splits = ", ".join(
+        f"{name or 'added'} {count}" for name, count in sorted(snapshot.counts("split").items())
+    )
+    size = sum(storage.list_sizes(table.folder, recursive=True).values())
+    lines = {
+        "index": table.folder
+        + ("" if about.complete else "  (not finished: run the same `hbi index` again)"),
+        "clips": f"{snapshot.rows} ({splits or 'none'})",
+        "shards": f"{len(shards)}",
+        "model": f"{about.model}  {about.digest[:16]}",
+        "tracking": about.tracking or "none",
+        "frames": ", ".join(f"{name} {value}" for name, value in _cut(about).items()),
+        "tokens": f"{about.dim} channels",
+        "size": f"{size / 1e6:.1f} MB, version {snapshot.version}, {table.about_ann()}",
+    }
+    return "\n".join(f"{name:9} {value}" for name, value in lines.items())
+
+
+def _open(out: str, metadata: IndexMetadata, parts: set[str], settings: IndexSettings) -> ClipTable:
+    """The index to write to, new or the one that is there."""
+    if not storage.exists(storage.join(out, INDEX_NAME)):
+        if settings.add:
+            raise ValueError(f"--add: {out} is not an index: leave --add out to make it")
+        return ClipTable.create(out, replace(metadata, complete=False))
+    held = IndexMetadata.read(out)
+    if held.digest != metadata.digest:
+        raise ValueError(
+            f"{out}: made by another model ({held.model}, this is {metadata.model}): tokens of two models do not "
+            "compare; index into a new folder"
+        )
+    if (cut := _cut(held)) != _cut(metadata):
+        raise ValueError(
+            f"{out}: its clips were cut with {cut}, these with {_cut(metadata)}: shard them alike"
+        )
+    table = ClipTable.open(out, unfinished=True)
+    if held.complete and not settings.add and not parts <= (have := table.parts()) and have:
+        raise ValueError(f"{out}: already the index of other shards: --add merges these into it")
+    return table
+
+
+def _cut(metadata: IndexMetadata) -> dict[str, Any]:
+    """The settings of the shards that say which frames a clip has."""
+    return {
+        name: metadata.shards.get(name)
+        for name in ("frames", "size", "choice", "sampling", "fps")
+        if name in metadata.shards
+    }
+
+
+def _part(shard: ShardInfo) -> str:
+    return f"{shard.name}:{shard.sha256[:16]}"
+
+
+def _embedded(
+    index: ShardIndex, shards: list[ShardInfo], metadata: IndexMetadata, settings: IndexSettings
+) -> Iterator[pa.Table]:
+    """The rows of each shard, in no order."""
+    import ray
+
+    rows = [{"path": storage.absolute(index.path(s)), "split": s.split, "part": _part(s)} for s in shards]
     # A pool as large as the machine starves Ray Data's own tasks.
-    workers = gpus or max(1, min(len(rows), int(ray.cluster_resources().get("CPU", 1)) - 1))
-    parts = []
-    done, total = 0, sum(shard.samples for shard in wanted)
+    workers = settings.gpus or max(1, min(len(rows), int(ray.cluster_resources().get("CPU", 1)) - 1))
     embedded = dataset_of(rows).map(
         EmbedShard,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
-        fn_constructor_args=(model_folder, storage.absolute(out), batch, gpus > 0),
+        fn_constructor_args=(metadata.model, metadata.tracking, settings),
         concurrency=workers,
         num_cpus=1,
-        num_gpus=1 if gpus else 0,
+        num_gpus=1 if settings.gpus else 0,
     )
-    yield done, total
-    for part in embedded.iter_rows():
-        parts.append(part)
-        done += int(part["videos"])
-        yield done, total
-    PartWriter(out).finish(maker, sorted(parts, key=lambda part: part["name"]))
+    for row in embedded.iter_rows():
+        yield pa.ipc.open_stream(row["rows"]).read_all()
+
+
+def _unique(rows: pa.Table, taken: dict[str, tuple[str, float, float]]) -> tuple[pa.Table, int]:
+    """The rows with ids that no other clip has, and how many had to be renamed; `taken` learns the new ones."""
+
+    ids: list[str] = []
+    seen: set[str] = set()
+    renamed = 0
+    columns = (rows[name].to_pylist() for name in ("id", "source", "start", "end"))
+    for id, source, start, end in zip(*columns, strict=True):
+        own, name, number = (os.fsdecode(source), start, end), id, 1
+        while taken.setdefault(name, own) != own or name in seen:
+            number += 1
+            name = f"{id}#{number}"
+        renamed += name != id
+        ids.append(name)
+        seen.add(name)
+    return rows.set_column(0, "id", pa.array(ids, pa.string())), renamed
+
+
+def _clip(sample: Sample, split: str, part: str) -> Clip:
+    return Clip(
+        id=as_text(sample.id),
+        video=as_text(sample.source),
+        start=sample.start,
+        end=sample.end,
+        timestamps=sample.timestamps,
+        captions=[as_text(caption) for caption in sample.captions],
+        split=split,
+        metadata=sample.extra,
+        source=sample.source,
+        part=part,
+    )
 
 
 def _groups(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

@@ -1,214 +1,245 @@
-"""The token index: every video's frame tokens, kept so that a sentence finds its video, and can say why.
+"""The index: a LanceDB table, one row a clip, in a local folder or under s3://.
 
-On disk an index is a folder (local or s3://): parts of tokens (`part-*.safetensors`) with the videos they belong to
-(`part-*.jsonl`, same order), and `index.json`, written last, which lists the parts and names the model. Tokens are
-unit vectors in float16: a video of 12 frames and 512 channels takes 12.3 KB.
+    INDEX/index.json     what made it: the model, its digest, the settings of the shards
+    INDEX/clips.lance    the table: who a clip is, its frame tokens, three segment vectors, thumbnails
+    INDEX/uploads/       videos that came with a request
+
+Tokens are unit vectors in float16: 12 frames of 512 channels take 12.3 KB, the segments that find candidates 3 KB.
+Every write is one commit: it is whole or absent, it survives whoever made it, and other readers see it. A reader
+works on a `Snapshot`, a version of the table that does not change under its feet.
 """
 
 import json
+import os
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Num
-from safetensors.torch import load, save
-from torch import Tensor
+import pyarrow as pa
 
 from hbi.infra import storage
-from hbi.model.banzhaf import exact_interaction
-from hbi.model.hbi import HBI
-from hbi.model.similarity import weighted_similarity
-from hbi.model.tokenizer import tokenize
-from hbi.model.tokens import Tokens
+from hbi.serving.index.rows import SEGMENT_COLUMNS, any_of, not_of, reaching, schema
+from hbi.serving.index.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
 
 INDEX_NAME = "index.json"
-POOLED_ABOVE = 2000
-"""Up to so many videos every one is scored exactly; above, pooled tokens choose the candidates first."""
+TABLE_NAME = "clips"
+UPLOADS = "uploads"
+FORMAT = 2
+SCANNED_ROWS = 200_000
+"""Up to so many clips a reader holds every segment and looks at all; above, an ANN index over them is built."""
+ROWS_OF_A_PARTITION = 256
+"""Clips of a partition of the ANN index, about."""
+STALE_ROWS = 0.05
+"""The share of rows outside the ANN index at which it is brought up to date (they are scanned until then)."""
+KEPT = timedelta(minutes=10)
+"""How long an old version of the table stays readable."""
+
+
+class IdInUse(ValueError):
+    """A clip of that id is in the index; the message is the id."""
 
 
 @dataclass(frozen=True)
-class Video:
-    """What an index knows of a video besides its tokens."""
-
-    id: str
-    """The manifest's id."""
-    video: str
-    """Path or URI of the source."""
-    start: float
-    """Where the clip begins in the source, in seconds."""
-    end: float
-    """Where it ends, in seconds."""
-    timestamps: list[float]
-    """Presentation time of each frame token, in seconds."""
-
-
-@dataclass(frozen=True)
-class Maker:
-    """What made the tokens: a query must be encoded by the same model, a new video cut by the same settings."""
+class IndexMetadata:
+    """What made an index: a query must be encoded by the same model, a new video cut by the same settings."""
 
     model: str
     """A model folder, or a pinned registry version (`models:/hbi/3`)."""
+    digest: str
+    """SHA-256 over the model's settings and weights: what it is, whatever it is called."""
     tracking: str
     """The MLflow store in which a `models:/` name is looked up."""
     shards: dict[str, Any]
-    """The settings of the shards (frames, size, choice, …)."""
-
-
-@torch.inference_mode()
-def encode_video(model: HBI, images: Num[np.ndarray, "batch frames h w 3"]) -> Tokens:
-    """Entity-level frame tokens of clips of equal length, float16 unit vectors; uint8 images of the model's size."""
-    device = next(model.parameters()).device
-    video = torch.from_numpy(images).to(device)
-    mask = torch.ones(video.shape[:2], dtype=torch.bool, device=device)
-    tokens, logits, mask = model.video_levels(model.encode_video(video, mask), mask)["entity"]
-    return Tokens(
-        torch.nn.functional.normalize(tokens, dim=-1).half().cpu(), logits.float().cpu(), mask.cpu()
-    )
-
-
-@torch.inference_mode()
-def encode_query(model: HBI, tokenizer: Any, text: str) -> tuple[Tokens, list[str]]:
-    """Entity-level word tokens of one sentence ([1, words, dim]) and the words as written, one a token."""
-    device = next(model.parameters()).device
-    ids, mask = tokenize(tokenizer, [text], model.config.words)
-    ids, mask = ids[:, : int(mask.sum())].to(device), mask[:, : int(mask.sum())].to(device)
-    words, _ = model.encode_text(ids, mask)
-    tokens = model.text_levels(words, mask)["entity"]
-    written = [
-        tokenizer.convert_tokens_to_string([t]).strip()
-        for t in tokenizer.convert_ids_to_tokens(ids[0].tolist())
-    ]
-    return Tokens(*(part.cpu() for part in tokens)), written
-
-
-class PartWriter:
-    """Writes an index part by part; `finish` makes it an index. Parts may come from many processes."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = storage.absolute(folder)
-
-    def write(self, name: str, tokens: Tokens, videos: Sequence[Video]) -> dict[str, Any]:
-        """One part, `name` unique in the index; returns its row for `finish`."""
-        lines = "".join(json.dumps(asdict(video)) + "\n" for video in videos)
-        storage.write_bytes(
-            storage.join(self.folder, f"{name}.jsonl"), lines.encode("utf-8", "surrogateescape")
-        )
-        arrays = {key: value.contiguous() for key, value in tokens._asdict().items()}
-        storage.write_bytes(storage.join(self.folder, f"{name}.safetensors"), save(arrays))
-        return {"name": name, "videos": len(videos)}
-
-    def finish(self, maker: Maker, parts: list[dict[str, Any]]) -> None:
-        """Writes `index.json`: from now on the folder is an index of just these parts."""
-        about = {"version": 1, **asdict(maker), "parts": parts}
-        storage.write_bytes(storage.join(self.folder, INDEX_NAME), json.dumps(about, indent=1).encode())
-
-
-@dataclass(frozen=True)
-class TokenIndex:
-    """An index in memory. Adding and removing give a new index; the arrays are shared where they can be."""
-
-    maker: Maker
-    """What made the tokens."""
-    tokens: Tokens
-    """[videos, frames, dim] in float16, with logits and mask."""
-    videos: list[Video]
-    """In the order of the tokens."""
+    """The settings of the shards (frames, size, …)."""
+    dim: int
+    """Channels of a token."""
+    complete: bool = True
+    """Whether the last `hbi index` came to its end."""
 
     @staticmethod
-    def open(folder: str) -> "TokenIndex":
-        """Reads an index; ValueError names the folder if it is none."""
+    def read(folder: str) -> "IndexMetadata":
+        """ValueError says what the folder is instead of an index, and what to do."""
+        path = storage.join(folder, INDEX_NAME)
         try:
-            about = json.loads(storage.read_bytes(storage.join(folder, INDEX_NAME)))
-        except FileNotFoundError:
+            about = json.loads(storage.read_bytes(path))
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder}: not an index (no {INDEX_NAME}): make one with `hbi index`") from None
-        parts, videos = [], []
-        for part in about["parts"]:
-            stem = storage.join(folder, part["name"])
-            parts.append(Tokens(**load(storage.read_bytes(f"{stem}.safetensors"))))
-            lines = storage.read_bytes(f"{stem}.jsonl").decode("utf-8", "surrogateescape").splitlines()
-            videos += [Video(**json.loads(line)) for line in lines]
-        maker = Maker(about["model"], about["tracking"], about["shards"])
-        return TokenIndex(maker, _stack(parts), videos)
+        except ValueError as error:
+            raise ValueError(f"{path}: not the file of an index ({error}): make the index anew") from None
+        if isinstance(about, dict) and isinstance(about.get("shards"), list):
+            raise ValueError(
+                f"{folder}: a folder of shards, not an index: make one of it with `hbi index MODEL {folder} INDEX`"
+            )
+        if not isinstance(about, dict) or about.get("version") != FORMAT:
+            version = about.get("version") if isinstance(about, dict) else None
+            raise ValueError(
+                f"{folder}: an index of format {version}, this hbi reads {FORMAT}: make it anew from its shards, "
+                "`hbi index MODEL SHARDS` into a new folder"
+            )
+        return IndexMetadata(**{name: about[name] for name in IndexMetadata.__dataclass_fields__})
 
-    def save(self, folder: str) -> None:
-        """Writes the index as one part."""
-        writer = PartWriter(folder)
-        writer.finish(self.maker, [writer.write("part-000000", self.tokens, self.videos)])
-
-    def position(self, id: str) -> int:
-        """Where a video stands; KeyError if it is not held."""
-        for position, video in enumerate(self.videos):
-            if video.id == id:
-                return position
-        raise KeyError(id)
-
-    def without(self, ids: Sequence[str]) -> "TokenIndex":
-        """The index less some ids; KeyError names one that it does not hold."""
-        gone = set(ids)
-        if missing := gone - {video.id for video in self.videos}:
-            raise KeyError(min(missing))
-        keep = [i for i, video in enumerate(self.videos) if video.id not in gone]
-        return replace(
-            self, tokens=Tokens(*(part[keep] for part in self.tokens)), videos=[self.videos[i] for i in keep]
-        )
-
-    def plus(self, tokens: Tokens, videos: Sequence[Video]) -> "TokenIndex":
-        """The index with more videos; one whose id it held already is replaced."""
-        held = {video.id for video in self.videos}
-        base = self.without([v.id for v in videos if v.id in held])
-        return replace(base, tokens=_stack([base.tokens, tokens]), videos=[*base.videos, *videos])
-
-    @torch.inference_mode()
-    def search(self, query: Tokens, k: int, candidates: int = 200) -> list[tuple[float, Video]]:
-        """The `k` best videos for one sentence, best first, with their weighted token-wise similarity in [-1, 1]."""
-        if not self.videos:
-            return []
-        chosen = torch.arange(len(self.videos))
-        if len(self.videos) > POOLED_ABOVE:
-            pooled = self._pooled() @ _pool(query)[0]
-            chosen = pooled.topk(min(max(candidates, k), len(self.videos))).indices
-        tokens, logits, mask = (part[chosen] for part in self.tokens)
-        scores = weighted_similarity(query, Tokens(tokens.to(query.tokens.dtype), logits, mask))[0]
-        best = scores.topk(min(k, len(chosen)))
-        return [
-            (float(s), self.videos[int(chosen[i])]) for s, i in zip(best.values, best.indices, strict=True)
-        ]
-
-    @torch.inference_mode()
-    def explain(self, query: Tokens, id: str) -> tuple[Float[Tensor, "words frames"], Video]:
-        """The exact Banzhaf interaction of each word with each frame of one video; KeyError if it is not held."""
-        position = self.position(id)
-        tokens, logits, mask = (part[position : position + 1] for part in self.tokens)
-        words = torch.nn.functional.normalize(query.tokens.float(), dim=-1)
-        similarity = words @ tokens.float().transpose(1, 2)
-        return exact_interaction(similarity, query.logits.float(), logits.float(), query.mask, mask)[
-            0
-        ], self.videos[position]
-
-    def _pooled(self) -> Float[Tensor, "videos dim"]:
-        """One vector a video, made at the first search and kept."""
-        if "pooled" not in self.__dict__:
-            object.__setattr__(self, "pooled", _pool(self.tokens))
-        return self.__dict__["pooled"]
+    def write(self, folder: str) -> None:
+        """Puts `index.json` into the folder."""
+        about = {"version": FORMAT, **asdict(self)}
+        storage.write_bytes(storage.join(folder, INDEX_NAME), json.dumps(about, indent=1).encode())
 
 
-def _pool(tokens: Tokens) -> Float[Tensor, "batch dim"]:
-    """The tokens' mean under their weights."""
-    weights = tokens.logits.float().masked_fill(~tokens.mask, -torch.inf).softmax(-1)
-    unit = torch.nn.functional.normalize(tokens.tokens.float(), dim=-1)
-    return torch.einsum("bn,bnd->bd", weights, unit)
+class ClipTable:
+    """An index folder, opened. Safe to use from several threads; writers in several processes do not lose rows."""
+
+    def __init__(self, folder: str, metadata: IndexMetadata, table: "Table", database: Any) -> None:
+        self.folder = folder
+        self.metadata = metadata
+        self._table = table
+        self._database = database
+        self._snapshot: Snapshot | None = None
+        self._looked = 0.0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, folder: str, metadata: IndexMetadata) -> "ClipTable":
+        """An empty index; it takes the place of a table that lies in the folder."""
+        folder = storage.absolute(folder)
+        metadata.write(folder)
+        with reaching(folder):
+            database = _connect(folder)
+            options = {"new_table_enable_stable_row_ids": "true"}
+            table = database.create_table(
+                TABLE_NAME, schema=schema(metadata.dim), mode="overwrite", storage_options=options
+            )
+        return cls(folder, metadata, table, database)
+
+    @classmethod
+    def open(cls, folder: str, unfinished: bool = False) -> "ClipTable":
+        """ValueError says why the folder is no index. unfinished: whether one may be opened that is being made."""
+        folder = storage.absolute(folder)
+        metadata = IndexMetadata.read(folder)
+        if not metadata.complete and not unfinished:
+            raise ValueError(
+                f"{folder}: not finished: run the same `hbi index` again, it does what is missing"
+            )
+        with reaching(folder):
+            database = _connect(folder)
+            try:
+                table = database.open_table(TABLE_NAME)
+            except (ValueError, FileNotFoundError) as error:
+                if "not found" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{folder}: its table is gone: make the index anew with `hbi index`"
+                ) from None
+        return cls(folder, metadata, table, database)
+
+    @property
+    def uploads(self) -> str:
+        """The folder of the videos that came with a request."""
+        return storage.join(self.folder, UPLOADS)
+
+    def snapshot(self, seconds: float = 0.0) -> Snapshot:
+        """A version to read from: the newest, or one that was the newest at most so many seconds ago."""
+        with self._lock, reaching(self.folder):
+            if self._snapshot is not None and time.monotonic() - self._looked < seconds:
+                return self._snapshot
+            # A handle of its own finds the newest version; the pinned one is left to whoever still reads from it.
+            try:
+                newest = self._database.open_table(TABLE_NAME)
+            except ValueError as error:  # deleted by someone
+                raise OSError(str(error)) from None
+            if self._snapshot is None or newest.version != self._snapshot.version:
+                newest.checkout(newest.version)
+                self._snapshot = Snapshot(self.folder, newest, self.metadata.dim, self._snapshot)
+            self._looked = time.monotonic()
+            return self._snapshot
+
+    def add(self, rows: pa.Table, replace: bool = False) -> None:
+        """Adds clips in one commit; IdInUse for an id that is held, unless `replace` puts the new in its place."""
+        ids, part = rows["id"].to_pylist(), rows["part"][0].as_py()
+        with reaching(self.folder):
+            self._table.checkout_latest()
+            held = self._held(ids)
+            if held and not replace:
+                raise IdInUse(min(held))
+            self._table.add(rows)
+            if held:  # first the new, then without the old: at no time is there none
+                self._table.delete(f"{any_of('id', sorted(held))} AND {not_of('part', part)}")
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Removes clips in one commit; KeyError names one that is not held."""
+        with reaching(self.folder):
+            self._table.checkout_latest()
+            if missing := set(ids) - self._held(ids):
+                raise KeyError(min(missing))
+            self._table.delete(any_of("id", ids))
+
+    def _held(self, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that the table holds."""
+        found: set[str] = set()
+        for first in range(0, len(ids), 1000):
+            part = any_of("id", ids[first : first + 1000])
+            found |= set(
+                self._table.search().where(part).select(["id"]).limit(None).to_arrow()["id"].to_pylist()
+            )
+        return found
+
+    def maintain(self) -> None:
+        """Puts small files together and brings the ANN index up to date; does nothing where that is not worth it.
+
+        May run beside adding and removing. Searches stay right meanwhile: rows outside the ANN index are scanned.
+        """
+        with reaching(self.folder):
+            self._table.checkout_latest()
+            rows = self._table.count_rows()
+            have = {column for index in self._table.list_indices() for column in index.columns}
+            if rows > SCANNED_ROWS and "id" not in have:
+                self._table.optimize(cleanup_older_than=KEPT)
+                self._index(rows)
+                return
+            if not have:
+                stale = self._table.stats()["fragment_stats"]["num_small_fragments"] > 20
+            else:
+                about = self._table.index_stats(f"{SEGMENT_COLUMNS[0]}_idx")
+                stale = about is not None and about.num_unindexed_rows > STALE_ROWS * rows
+            if stale:
+                self._table.optimize(cleanup_older_than=KEPT)
+
+    def _index(self, rows: int) -> None:
+        """The ANN index over each segment, and one over ids."""
+        from lancedb.index import BTree, IvfSq
+
+        partitions = max(2, rows // ROWS_OF_A_PARTITION)
+        for column in SEGMENT_COLUMNS:
+            # Few rounds of k-means on a sample: where a partition ends matters little, as several are looked into.
+            ann = IvfSq(distance_type="dot", num_partitions=partitions, max_iterations=10, sample_rate=32)
+            self._table.create_index(column, config=ann)
+        self._table.create_index("id", config=BTree())
+
+    def about_ann(self) -> str:
+        """How segments are found, in a few words."""
+        with reaching(self.folder):
+            if not any(SEGMENT_COLUMNS[0] in index.columns for index in self._table.list_indices()):
+                return "all segments scanned"
+            about = self._table.index_stats(f"{SEGMENT_COLUMNS[0]}_idx")
+        return f"ANN index over {about.num_indexed_rows} clips" if about else "ANN index"
+
+    def parts(self) -> set[str]:
+        """The parts that are in it."""
+        with reaching(self.folder):
+            self._table.checkout_latest()
+            column = self._table.search().select(["part"]).limit(None).to_arrow()["part"]
+            return set(column.unique().to_pylist())
 
 
-def _stack(parts: Sequence[Tokens]) -> Tokens:
-    """Parts one after another, padded to the longest."""
-    parts = [part for part in parts if len(part.tokens)] or list(parts[:1])
-    length = max((part.tokens.shape[1] for part in parts), default=0)
+def _connect(folder: str) -> Any:
+    """The database in a folder; the AWS_* variables say where s3:// is."""
+    import lancedb
 
-    def padded(part: Tensor) -> Tensor:
-        if part.shape[1] == length:
-            return part
-        return torch.cat([part, part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])], 1)
-
-    return Tokens(*(torch.cat([padded(part) for part in same]) for same in zip(*parts, strict=True)))
+    options = {}
+    if storage.is_remote(folder) and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        options = {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http:")).lower()}
+    return lancedb.connect(folder, storage_options=options or None)

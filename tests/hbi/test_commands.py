@@ -147,16 +147,18 @@ def test_bad_input_gets_one_line_that_names_it(capsys, monkeypatch, tmp_path: Pa
             ("index", tmp_path / "folder", tmp_path / "folder", tmp_path / "i"): "not a shard folder",
             ("search", tmp_path / "folder", "a word"): "not an index",
             ("serve", "m", "i", "--port", port): f"--port {port}",
+            ("serve", "m", tmp_path / "folder", "--port", 0): "not an index",
+            ("serve", "m", "i", "--host", "0.0.0.0"): "set a key in HBI_API_KEY",
         }
         for args, named in cases.items():
             status, _, err = run(capsys, monkeypatch, *args)
             assert status == 2, args
             assert named in one_line(err)
     status, _, err = run(
-        capsys, monkeypatch, "serve", "models:/nobody@champion", "i", "--tracking", store, "--port", 0
+        capsys, monkeypatch, "index", "models:/nobody@champion", "s", "i", "--tracking", store
     )
     assert status == 2
-    assert "nobody" in err.splitlines()[-1]
+    assert "s: not a shard folder" in err.splitlines()[-1]
 
 
 def test_an_unknown_command_is_told_the_nearest(capsys, monkeypatch) -> None:

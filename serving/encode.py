@@ -1,0 +1,118 @@
+"""Sentences and videos to the tokens that the index holds and is searched with."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Num
+from PIL import Image
+
+from hbi.model.hbi import HBI
+from hbi.model.tokenizer import tokenize
+from hbi.model.tokens import Tokens
+from hbi.serving.index.rows import Encoded
+from hbi.serving.index.stages import segments_of
+
+START, END = "[start]", "[end]"
+"""What the marks around a sentence are called where words are shown."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence, encoded."""
+
+    tokens: Tokens
+    """Entity-level word tokens, [1, words, dim]."""
+    words: list[str]
+    """The words as written, one a row of an explanation."""
+    word_of_token: list[int]
+    """Which word each token belongs to."""
+    cut: bool
+    """Whether it was longer than the model's words, and its end was left out."""
+
+
+def model_digest(folder: str) -> str:
+    """SHA-256 over a model folder's settings and weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        with (Path(folder) / name).open("rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def encode_video(model: HBI, images: Num[np.ndarray, "batch frames h w 3"]) -> Tokens:
+    """Entity-level frame tokens of clips of equal length, float16 unit vectors; uint8 images of the model's size."""
+    device = next(model.parameters()).device
+    video = torch.from_numpy(images).to(device)
+    mask = torch.ones(video.shape[:2], dtype=torch.bool, device=device)
+    tokens, logits, mask = model.video_levels(model.encode_video(video, mask), mask)["entity"]
+    return Tokens(
+        torch.nn.functional.normalize(tokens, dim=-1).half().cpu(), logits.float().cpu(), mask.cpu()
+    )
+
+
+@torch.inference_mode()
+def encode_sentences(model: HBI, tokenizer: Any, texts: Sequence[str]) -> list[Sentence]:
+    """Entity-level word tokens of each sentence, without padding."""
+    device = next(model.parameters()).device
+    ids, mask = tokenize(tokenizer, texts, model.config.words)
+    longest = int(mask.sum(1).max())
+    ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)
+    levels = model.text_levels(model.encode_text(ids, mask)[0], mask)["entity"]
+    tokens = [part.cpu() for part in levels]
+    whole = tokenizer(list(texts), split_special_tokens=True)["input_ids"]
+    sentences = []
+    for i in range(len(texts)):
+        length = int(mask[i].sum())
+        words, of_token = written(tokenizer, ids[i, :length].tolist())
+        own = Tokens(*(part[i : i + 1, :length] for part in tokens))
+        sentences.append(Sentence(own, words, of_token, len(whole[i]) > length))
+    return sentences
+
+
+def written(tokenizer: Any, ids: list[int]) -> tuple[list[str], list[int]]:
+    """The words of token ids as written, and which word each token belongs to; pieces of one word are together."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    words: list[list[str]] = []
+    of_token: list[int] = []
+    begins = True
+    for position, piece in enumerate(pieces):
+        marks = position in (0, len(pieces) - 1)
+        # Byte-level tokenizers mark a word's beginning (Ġ), CLIP's its end (</w>).
+        if marks or begins or piece.startswith(("Ġ", "▁")):
+            words.append([])
+        words[-1].append(piece)
+        of_token.append(len(words) - 1)
+        begins = marks or piece.endswith("</w>")
+    texts = [tokenizer.convert_tokens_to_string(word).strip() for word in words]
+    if texts:
+        texts[0] = START
+        texts[-1] = END
+    return texts, of_token
+
+
+def encoded_rows(tokens: Tokens, jpegs: Sequence[Sequence[bytes]], pixels: int) -> list[Encoded]:
+    """What the index keeps of each clip. jpegs: its frames; pixels: side of the thumbnails, 0 for none."""
+    rows = []
+    for i, frames in enumerate(jpegs):
+        present = tokens.mask[i]
+        own, logits = tokens.tokens[i][present].numpy(), tokens.logits[i][present].numpy()
+        small = [thumbnail(frame, pixels) for frame in frames] if pixels else []
+        rows.append(Encoded(own, logits, *segments_of(own.astype(np.float32), logits), small))
+    return rows
+
+
+def thumbnail(jpeg: bytes, pixels: int) -> bytes:
+    """A frame made small, as JPEG."""
+    picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    picture.thumbnail((pixels, pixels))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=70)
+    return buffer.getvalue()

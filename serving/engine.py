@@ -1,0 +1,226 @@
+"""What a replica does, without Ray: the model, the index and a decoder, and the questions that they answer together.
+
+Answers are plain values for JSON; what cannot be answered is a `Refused`.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hbi.infra import storage
+from hbi.infra.mlflow.resolve import resolve_model
+from hbi.model.frames import from_jpegs
+from hbi.model.tokenizer import load_tokenizer
+from hbi.model.tokens import Tokens
+from hbi.model.weights import load_model
+from hbi.pipelines.decoding.clip import Clip as DecodedClip
+from hbi.pipelines.decoding.clip import DecodeError
+from hbi.pipelines.decoding.decoder import Decoder
+from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows
+from hbi.serving.explain import by_word, interactions, moment
+from hbi.serving.index.rows import Clip, labelled, rows_of
+from hbi.serving.index.snapshot import Snapshot
+from hbi.serving.index.stages import padded, search
+from hbi.serving.index.table import ClipTable
+from hbi.serving.media import local_file, look_at
+from hbi.serving.refusal import Refused
+
+FRESH_SECONDS = 1.0
+"""How old a version of the index may be that is searched."""
+MOMENTS = 100
+"""Results of an answer that say which moment they speak of; further ones give the whole clip."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a ranking is asked for, and among which clips."""
+
+    k: int
+    """How many."""
+    offset: int = 0
+    """How many before them are left out."""
+    filters: tuple[tuple[str, str], ...] = ()
+    """Labels that a clip must have: (key, value)."""
+
+
+@dataclass(frozen=True)
+class NewClip:
+    """A clip to take in."""
+
+    place: str
+    """Where the video lies, as the server reads it."""
+    video: str
+    """What it is called in answers."""
+    id: str
+    """Unique in the index."""
+    part: str
+    """Names the request that brought it."""
+    start: float | None = None
+    """Where the clip begins, in seconds."""
+    end: float | None = None
+    """Where it ends, in seconds."""
+    captions: tuple[str, ...] = ()
+    """Sentences that came with it."""
+
+
+class Engine:
+    """The model and the index in one process; several threads may ask at once."""
+
+    def __init__(
+        self, model: str, tracking: str, index: str, gpu: bool = False, thumbnail_pixels: int = 96
+    ) -> None:
+        """model: a folder or a pinned name, resolved on this machine. ValueError says what is missing."""
+        folder = resolve_model(model, tracking)
+        self.model = load_model(folder).eval().to("cuda" if gpu else "cpu")
+        self.tokenizer = load_tokenizer(folder)
+        self.table = ClipTable.open(index)
+        self.thumbnail_pixels = thumbnail_pixels
+        self._decoding = threading.Lock()
+
+    def encode(self, texts: Sequence[str]) -> list[Sentence]:
+        """Sentences to tokens, all at once."""
+        return encode_sentences(self.model, self.tokenizer, texts)
+
+    def find(self, sentence: Sentence, page: Page) -> dict[str, Any]:
+        """The clips that match a sentence best, best first."""
+        answer = self._ranked(sentence.tokens, page)
+        answer["note"] = self._note(sentence)
+        return answer
+
+    def like(self, id: str, page: Page) -> dict[str, Any]:
+        """The clips that are most like one of the index, itself left out."""
+        snapshot = self._snapshot()
+        query = self._tokens(snapshot, [_row(snapshot, id)])
+        answer = self._ranked(query, Page(page.k + 1, page.offset, page.filters))
+        answer["results"] = [result for result in answer["results"] if result["id"] != id][: page.k]
+        return answer
+
+    def find_example(self, place: str, page: Page) -> dict[str, Any]:
+        """The clips that are most like a video."""
+        frames, _ = self._decode(place, None, None)
+        tokens = encode_video(self.model, from_jpegs(frames)[None])
+        return self._ranked(Tokens(tokens.tokens.float(), tokens.logits, tokens.mask), page)
+
+    def explain(self, sentence: Sentence, id: str) -> dict[str, Any]:
+        """The interaction of each word with each frame of one clip, and the moment that they speak of."""
+        snapshot = self._snapshot()
+        row = _row(snapshot, id)
+        clip = snapshot.clips([row])[0]
+        tokens = interactions(sentence.tokens, self._tokens(snapshot, [row]))[0][:, : len(clip.timestamps)]
+        first, last = moment(tokens, clip.timestamps, clip.end)
+        return {
+            "id": id,
+            "words": sentence.words,
+            "times": clip.timestamps,
+            "interaction": by_word(tokens, sentence.word_of_token).tolist(),
+            "moment": [first, last],
+            "note": self._note(sentence),
+        }
+
+    def rows(self, new: NewClip) -> Any:
+        """A new clip as a row of the table, cut and encoded as the index's clips were: an Arrow table."""
+        frames, decoded = self._decode(new.place, new.start, new.end)
+        tokens = encode_video(self.model, from_jpegs(frames)[None])
+        clip = Clip(
+            id=new.id,
+            video=new.video,
+            start=decoded.start,
+            end=decoded.end,
+            timestamps=decoded.timestamps,
+            captions=list(new.captions),
+            source=new.place,
+            part=new.part,
+        )
+        return rows_of([clip], encoded_rows(tokens, [frames], self.thumbnail_pixels))
+
+    def _snapshot(self) -> Snapshot:
+        return self.table.snapshot(FRESH_SECONDS)
+
+    def _ranked(self, query: Tokens, page: Page) -> dict[str, Any]:
+        snapshot = self._snapshot()
+        where = labelled(dict(page.filters))
+        ranking = search(snapshot, query, page.offset + page.k, where)
+        asked = ranking[page.offset :]
+        clips = {
+            row: clip
+            for (_, row), clip in zip(asked, snapshot.clips([row for _, row in asked]), strict=False)
+        }
+        results = [(score, row, clips[row]) for score, row in asked if row in clips]
+        moments = self._moments(snapshot, query, results[:MOMENTS])
+        return {
+            "results": [
+                {
+                    "id": clip.id,
+                    "score": score,
+                    "video": clip.video,
+                    "start": clip.start,
+                    "end": clip.end,
+                    "moment": moments.get(row, [clip.start, clip.end]),
+                    "captions": clip.captions,
+                    "split": clip.split,
+                    "metadata": clip.metadata,
+                    "frames": len(clip.timestamps),
+                }
+                for score, row, clip in results
+            ],
+            "more": len(ranking) == page.offset + page.k and page.offset + page.k < snapshot.rows,
+            "note": None,
+        }
+
+    def _moments(
+        self, snapshot: Snapshot, query: Tokens, results: list[tuple[float, int, Clip]]
+    ) -> dict[int, list[float]]:
+        if not results:
+            return {}
+        all_of = interactions(query, self._tokens(snapshot, [row for _, row, _ in results]))
+        return {
+            row: list(moment(interaction[:, : len(clip.timestamps)], clip.timestamps, clip.end))
+            for interaction, (_, row, clip) in zip(all_of, results, strict=True)
+        }
+
+    def _tokens(self, snapshot: Snapshot, rows: list[int]) -> Tokens:
+        """The tokens of rows, in their order."""
+        found, tokens, logits = snapshot.tokens(np.asarray(rows))
+        place = {int(row): i for i, row in enumerate(found)}
+        if any(row not in place for row in rows):
+            raise Refused(503, "the index changed meanwhile: ask again", {"Retry-After": "1"})
+        order = [place[row] for row in rows]
+        return padded([tokens[i] for i in order], [logits[i] for i in order])
+
+    def _decode(self, place: str, start: float | None, end: float | None) -> tuple[list[bytes], DecodedClip]:
+        """The frames of a clip as JPEGs, cut as the shards were: its tokens equal those of a sharded clip."""
+        # One at a time, in a process of its own that ends at a limit of time and memory.
+        with self._decoding, local_file(place) as path:
+            look_at(path)
+            with Decoder.of_settings(self.table.metadata.shards) as decoder:
+                try:
+                    clip = decoder.decode(path, start, end)
+                except (DecodeError, ValueError) as error:
+                    raise Refused(422, f"gives no frames: {error}") from None
+        return clip.jpegs, clip
+
+    def _note(self, sentence: Sentence) -> str | None:
+        if not sentence.cut:
+            return None
+        words = self.model.config.words
+        return f"the sentence is longer than the model's {words} words and word pieces: its end was left out"
+
+
+def _row(snapshot: Snapshot, id: str) -> int:
+    try:
+        return snapshot.row(id)
+    except KeyError:
+        raise unknown(id) from None
+
+
+def unknown(id: str) -> Refused:
+    """404 for an id that is not in the index."""
+    return Refused(404, f"no video {id!r} in the index")
+
+
+def delete_upload(source: str) -> None:
+    """Removes a file that came with a request."""
+    storage.delete(source)

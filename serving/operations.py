@@ -1,0 +1,194 @@
+"""What the endpoints do: what they are asked for, and how front, replicas, writer and files work together on it."""
+
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from hbi.infra import storage
+from hbi.serving.deploy import Backend
+from hbi.serving.engine import FRESH_SECONDS, NewClip, Page, unknown
+from hbi.serving.index.rows import Clip
+from hbi.serving.index.table import ClipTable
+from hbi.serving.media import MediaRoots
+from hbi.serving.refusal import Refused, require_text
+from hbi.serving.settings import ServeSettings
+
+LONGEST_TEXT = 100_000
+"""Characters of a sentence; what the model does not read of it is said in the answer."""
+LONGEST_ID = 512
+"""Characters of an id."""
+PATIENCE = 3.0
+"""Adding a video may take so many times as long as a search."""
+STRICT = ConfigDict(extra="forbid")
+
+
+class Asked(BaseModel):
+    """Which part of a ranking, among which clips."""
+
+    model_config = STRICT
+    k: Annotated[int, Field(ge=1)] = 10
+    offset: Annotated[int, Field(ge=0)] = 0
+    filter: dict[str, str] = {}
+
+
+class SearchRequest(Asked):
+    """A sentence, or the id of a video to find the like of."""
+
+    text: str | None = None
+    like: str | None = None
+
+
+class ExplainRequest(BaseModel):
+    """A sentence, and the video whose match with it is to be explained."""
+
+    model_config = STRICT
+    text: str
+    id: str
+
+
+class NewVideo(BaseModel):
+    """A video inside the media roots, to be added."""
+
+    model_config = STRICT
+    video: str
+    id: str | None = None
+    start: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    end: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    captions: list[str] = []
+    replace: bool = False
+
+
+class Plain(Response):
+    """JSON in ASCII: whatever text it holds, it can be sent."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode()
+
+
+class Front:
+    """What the endpoints share."""
+
+    def __init__(self, backend: Backend, table: ClipTable, settings: ServeSettings) -> None:
+        self.backend = backend
+        self.table = table
+        self.settings = settings
+        self.roots = MediaRoots.of(settings.media_root, table.uploads, settings.max_upload_bytes)
+        self.labels: tuple[int, dict[str, int]] = (-1, {})
+
+    def page(self, asked: Asked) -> Page:
+        """422 for more than may be asked for."""
+        most = self.settings.max_results
+        if asked.k + asked.offset > most:
+            raise Refused(422, f"k + offset is {asked.k + asked.offset}, at most {most} results are given")
+        filters = tuple(
+            (require_text("filter", k, 200), require_text("filter", v, 500)) for k, v in asked.filter.items()
+        )
+        return Page(asked.k, asked.offset, filters)
+
+    async def clip(self, id: str) -> Clip:
+        """A clip of the index; 404 for an id that it does not hold."""
+        try:
+            require_text("id", id, LONGEST_ID)
+            return await anyio.to_thread.run_sync(lambda: self.table.snapshot(FRESH_SECONDS).clip(id))
+        except (KeyError, Refused):
+            raise unknown(id) from None
+
+    async def add(self, new: NewVideo, place: str, name: str) -> Response:
+        """Adds a clip of the video at `place`, named `name` in answers."""
+        id = require_text("id", Path(name).stem if new.id is None else new.id, LONGEST_ID)
+        for caption in new.captions[:1000]:
+            require_text("captions", caption, 10_000)
+        if new.start is not None and new.end is not None and new.end <= new.start:
+            raise Refused(422, f"end is {new.end}, must be after start ({new.start})")
+        replaced = await self._held(id)
+        if replaced is not None and not new.replace:
+            raise Refused(409, f"id {id!r} is in use: choose another, or ask to replace it")
+        part = f"request:{uuid.uuid4().hex}"
+        clip = NewClip(place, name, id, part, new.start, new.end, tuple(new.captions[:1000]))
+        rows = await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
+        answer = await self.backend.ask("writer", "add", rows, new.replace)
+        if replaced is not None:
+            await self._forget(replaced.source)
+        # Seen here at once; other fronts look within a second.
+        await anyio.to_thread.run_sync(self.table.snapshot)
+        return Plain({"id": id, "videos": answer["videos"]}, 201)
+
+    async def _held(self, id: str) -> Clip | None:
+        try:
+            return await self.clip(id)
+        except Refused:
+            return None
+
+    async def remove(self, id: str) -> Response:
+        """Removes a clip, and the file that came with it."""
+        await self.clip(id)
+        answer = await self.backend.ask("writer", "remove", id)
+        await self._forget(answer.pop("source"))
+        await anyio.to_thread.run_sync(self.table.snapshot)
+        return Plain({"id": id} | answer)
+
+    async def _forget(self, source: str) -> None:
+        if self.roots.is_upload(source):
+            await anyio.to_thread.run_sync(storage.delete, source)
+
+    async def upload(self, request: Request) -> tuple[str, str, dict[str, list[str]]]:
+        """The file of a form, on disk; its name, and the form's other fields. 415 and 422 for what is no such form."""
+        try:
+            form = await request.form(max_files=1, max_fields=64, max_part_size=64 * 1024)
+        except (MultiPartException, HTTPException) as error:
+            detail = getattr(error, "message", None) or getattr(error, "detail", None) or "cannot be read"
+            raise Refused(422, f"the form: {detail}") from None
+        try:
+            path = await self._spooled(form)
+        finally:
+            await form.close()
+        fields: dict[str, list[str]] = {}
+        for field, value in form.multi_items():
+            if isinstance(value, str):
+                fields.setdefault(field, []).append(value)
+        upload: Any = form["file"]
+        name = upload.filename or "upload"
+        try:
+            return path, require_text("the file's name", Path(name).name, LONGEST_ID), fields
+        except Refused:
+            Path(path).unlink(missing_ok=True)
+            raise
+
+    async def _spooled(self, form: Any) -> str:
+        """The form's file on disk."""
+        file = form.get("file")
+        if file is None or isinstance(file, str) or not file.size:
+            raise Refused(422, "the form: needs a `file` that is not empty")
+        handle, path = await anyio.to_thread.run_sync(tempfile.mkstemp, ".video", "hbi-")
+        with open(handle, "wb") as target:  # noqa: PTH123 (a descriptor)
+            while piece := await file.read(1 << 20):
+                await anyio.to_thread.run_sync(target.write, piece)
+        return path
+
+    async def health(self) -> dict[str, Any]:
+        """What answers, with how many videos; 503 where the index cannot be reached."""
+        snapshot = await anyio.to_thread.run_sync(self.table.snapshot, FRESH_SECONDS)
+        if self.labels[0] != snapshot.version:
+            splits = await anyio.to_thread.run_sync(snapshot.counts, "split")
+            self.labels = (snapshot.version, {name: count for name, count in splits.items() if name})
+        about = self.table.metadata
+        return {
+            "status": "ok",
+            "model": about.model,
+            "digest": about.digest,
+            "videos": snapshot.rows,
+            "splits": self.labels[1],
+            "read_only": self.settings.read_only,
+            "key": bool(self.settings.api_key),
+        }
