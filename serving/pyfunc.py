@@ -101,7 +101,7 @@ def _checked(number: int, row: dict[Any, Any]) -> dict[str, Any]:
     if "question" in filled and "video" not in filled:
         raise ValueError(f"row {number}: a `question` is about a video: fill `video` (a path)")
     answers = row.get("answers")
-    if not _is_missing(answers):
+    if answers is not None and not _is_nan(answers):
         if "question" not in filled:
             raise ValueError(f"row {number}: `answers` belong to a `question`: fill it")
         if isinstance(answers, str):
@@ -114,9 +114,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_missing(value: Any) -> bool:
+def _is_nan(value: Any) -> bool:
     """What pandas puts where a column has no value in a row."""
-    return value is None or (isinstance(value, float) and value != value)
+    return isinstance(value, float) and value != value
 
 
 def _token_rows(tokens: "Tokens") -> list[dict[str, Any]]:

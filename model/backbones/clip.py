@@ -129,9 +129,9 @@ class VisionTower(nn.Module):
     def __init__(self, clip: CLIPModel | MetaClip2Model, stem: int = 0) -> None:
         """stem: channels of a `ConvStem` in place of CLIP's patch embedding; 0 keeps that."""
         super().__init__()
-        self.embeddings = clip.vision_model.embeddings
+        self.embeddings: Any = clip.vision_model.embeddings
         if stem:
-            settings = clip.config.vision_config
+            settings: Any = clip.config.vision_config
             self.embeddings.patch_embedding = ConvStem(stem, settings.patch_size, settings.hidden_size)
         self.norm_before = clip.vision_model.pre_layrnorm
         self.layers = clip.vision_model.encoder.layers

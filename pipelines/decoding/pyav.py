@@ -106,13 +106,16 @@ def decoded(film: Film) -> "Iterator[tuple[int | None, VideoFrame]]":
     """Every frame that decodes, in order of presentation, with its rank in the timeline where packets say it."""
     import av
 
-    timeline = film.timeline
-    told = timeline is not None and timeline.ordered
+    timeline = film.timeline if film.timeline is not None and film.timeline.ordered else None
     with film.again() as (container, stream):
         context = one_thread(stream)
-        packets = film.packets(0) if told and timeline.packets is not None else demuxed(container, stream)
+        packets = (
+            film.packets(0)
+            if timeline is not None and timeline.packets is not None
+            else demuxed(container, stream)
+        )
         for position, packet in enumerate(chain(packets, [None])):
-            if told and packet is not None and position < len(timeline.ranks):
+            if timeline is not None and packet is not None and position < len(timeline.ranks):
                 packet.pts = int(timeline.ranks[position])
             try:
                 frames = context.decode(packet)
@@ -122,10 +125,10 @@ def decoded(film: Film) -> "Iterator[tuple[int | None, VideoFrame]]":
                 failed(error)
                 continue
             for frame in frames:
-                if told and frame.pts is not None and frame.pts < 0:
+                if timeline is not None and frame.pts is not None and frame.pts < 0:
                     continue  # decoded, but not to be shown
                 if not frame.is_corrupt:
-                    yield frame.pts if told else None, frame
+                    yield frame.pts if timeline is not None else None, frame
 
 
 def decoded_times(film: Film) -> tuple[np.ndarray, list[str]]:
