@@ -93,22 +93,22 @@ def _listen(host: str, port: int) -> socket.socket:
 class Served:
     """What `start` started."""
 
-    def __init__(self, address: str, name: str, server: Any, thread: threading.Thread) -> None:
+    def __init__(self, address: str, name: str, mine: bool, server: Any, thread: threading.Thread) -> None:
         self.address = address
         """Where it answers."""
         self._name = name
+        self._mine = mine
+        """Whether Serve itself was started with it."""
         self._server = server
         self._thread = thread
 
     def stop(self) -> None:
         """Answers no more, at once, and takes the application down, on a cluster of others too."""
-        from ray import serve
-
         self._server.should_exit = True
         self._server.force_exit = True
         self._thread.join(5)
         with contextlib.suppress(Exception):  # the cluster may be gone already
-            serve.delete(self._name)
+            _take_down(self._name, self._mine)
 
     def __enter__(self) -> "Served":
         return self
@@ -129,7 +129,7 @@ def start(answering: Answering, index: str, settings: ServeSettings) -> Served:
     table = ClipTable.open(index)
     listener = _listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    name = f"hbi-{port}"
+    name, mine = f"hbi-{port}", not _serve_runs()
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # No proxies of Serve's: what listens is below. On a cluster where Serve runs already, this changes nothing.
@@ -143,10 +143,31 @@ def start(answering: Answering, index: str, settings: ServeSettings) -> Served:
     except BaseException:
         listener.close()
         with contextlib.suppress(Exception):
-            serve.delete(name)
+            _take_down(name, mine)
         raise
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return Served(f"http://{host}:{port}", name, server, thread)
+    return Served(f"http://{host}:{port}", name, mine, server, thread)
+
+
+def _serve_runs() -> bool:
+    """Whether Serve is up on the cluster already."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _take_down(name: str, mine: bool) -> None:
+    """The application; and Serve with it where we started it and nobody else has come to use it."""
+    from ray import serve
+
+    if mine and set(serve.status().applications) <= {name}:
+        serve.shutdown()
+    else:
+        serve.delete(name)
 
 
 def _serve_http(api: Any, listener: socket.socket) -> tuple[Any, threading.Thread]:

@@ -146,6 +146,8 @@ class Submit:
         if self.command[0] != "serve":
             raise ValueError(f"--print rayservice: {self.command[0]} ends: --print rayjob")
         given = {place.name.lower(): place.path for place in places if place.kind != "tracking"}
+        if "index" not in given:  # given alone, it names its model
+            given = {"index": given["model"]}
         print_lines(kuberay.rayservice(given, name, self.cluster))
 
 

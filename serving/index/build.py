@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hbi.infra import storage
+from hbi.infra.nodes import require_resources, require_shared
 from hbi.infra.ray_runtime import dataset_of
 from hbi.model.weights import read_config
 from hbi.pipelines.sample import Sample, ShardIndex, ShardInfo, check_shards, read_shard
@@ -72,8 +73,14 @@ def index_shards(
     """Brings the clips of a shard folder into the index `out`, which is made if it is not there. Needs Ray.
 
     metadata: as `describe` gives it. Raises ValueError where `shards` is no shard folder or holds nothing, where its
-    frames are not what the model takes, and where `out` was made by another model, or of other shards (without `add`).
+    frames are not what the model takes, and where `out` was made by another model, or of other shards (without `add`);
+    where the cluster lacks the GPUs, or a node of it does not see a folder.
     """
+    require_resources("--gpus", {"GPU": settings.gpus})
+    places = {"MODEL": metadata.model, "SHARDS": shards, "INDEX": out}
+    require_shared(
+        places | ({"--tracking": metadata.tracking} if metadata.model.startswith("models:/") else {})
+    )
     index = ShardIndex.read(shards)
     wanted = index.of_split(settings.split) if settings.split else [s for s in index.shards if s.samples]
     if not wanted:
