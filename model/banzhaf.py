@@ -191,7 +191,7 @@ def coalition_values(
     return (of_words + of_frames) / 2
 
 
-def sampled_interaction(
+def sampled_interaction(  # noqa: PLR0913 (the three interactions take the same tensors)
     similarity: Float[Tensor, "batch words frames"],
     word_logits: Float[Tensor, "batch words"],
     frame_logits: Float[Tensor, "batch frames"],

@@ -1,4 +1,4 @@
-"""Imports run down the floors alone, without circles, and heavy libraries stay where they belong."""
+"""Imports run down the floors alone, without circles; heavy libraries stay where they belong; files fit in a head."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -111,3 +111,14 @@ def test_a_library_stays_where_it_belongs(library: str) -> None:
     wrong = {user for user in users if not user.startswith(ONLY_IN[library])}
     assert not wrong, f"{library} is imported in {sorted(wrong)}; it belongs in {ONLY_IN[library]}"
     assert users, f"nothing imports {library}: the rule guards an empty room"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_file_and_its_functions_fit_in_a_head(file: Path) -> None:
+    text = FILES[file].read_text()
+    assert len(text.splitlines()) <= 400
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = {node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60}
+    assert not long, f"more than 60 lines: {sorted(long)}"

@@ -29,7 +29,7 @@ def number_of(image: np.ndarray) -> int:
     return sum(1 << bit for bit, level in enumerate(middle) if level > 120)
 
 
-def make(
+def make(  # noqa: PLR0913 (each is one property of a video)
     count: int = 30,
     *,
     codec: str = "libx264",
