@@ -201,7 +201,8 @@ class ClipTable:
                 self._index(rows)
                 return
             if not have:
-                stale = self._table.stats()["fragment_stats"]["num_small_fragments"] > 20
+                stats: Any = self._table.stats()  # a dict, whatever its annotation says
+                stale = stats["fragment_stats"]["num_small_fragments"] > 20
             else:
                 about = self._table.index_stats(f"{SEGMENT_COLUMNS[0]}_idx")
                 stale = about is not None and about.num_unindexed_rows > STALE_ROWS * rows
