@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,8 @@ def run(settings: DemoSettings) -> None:
             _shard(demo)
         if "train" not in demo.stages:
             _train(demo, tracking)
+        if "heads" not in demo.stages:
+            _train_heads(demo, tracking)
         if "index" not in demo.stages:
             with demo.stage(
                 "index", f"the frame tokens of the test clips, none of them trained on, by {MODEL}"
@@ -155,6 +158,7 @@ def run(settings: DemoSettings) -> None:
                 BuildIndex(MODEL, demo.path("shards"), demo.path("index"), made_of, tracking=tracking).run()
         with _served(demo, tracking, settings.port) as served:
             counted = _search(demo, served.address)
+            _tell(demo)
             print(table(demo, counted), flush=True)
             recall = demo.stages["train"]["metrics"]["test/t2v/R@1"]
             if settings.clips >= DEFAULT_CLIPS and recall < LEAST_RECALL:
@@ -189,6 +193,31 @@ def _train(demo: Demo, tracking: str) -> None:
         result.update(metrics=made.metrics, run_id=made.run_id)
 
 
+def _train_heads(demo: Demo, tracking: str) -> None:
+    from hbi.training.runs.table import RUNS
+
+    with demo.stage("heads", "the same model learns to answer questions and to write captions") as result:
+        config = replace(RUNS["demo-heads"], seed=demo.settings["seed"], init_from=demo.path("run/model"))
+        made = Train("demo-heads", demo.path("shards"), config, demo.path("heads"), tracking).run()
+        result.update(metrics=made.metrics, run_id=made.run_id)
+
+
+def _tell(demo: Demo) -> None:
+    """Three captions and three answers about clips that were not trained on, beside the truth."""
+    import hbi
+
+    rows = map(json.loads, Path(demo.path("corpus/manifest.jsonl")).read_text().splitlines())
+    told = list(islice((row for row in rows if row["split"] == "test" and row["qa"]), 3))
+    model = hbi.load(demo.path("heads/model"))
+    videos = [demo.path(f"corpus/{row['video']}") for row in told]
+    print("\ncaptions and answers, of clips that were not trained on")
+    for row, video, caption in zip(told, videos, model.caption(videos, beam=1), strict=True):
+        question, truth = row["qa"][0]["question"], row["qa"][0]["answer"]
+        print(f"\n  {row['id']}  {row['captions'][0]}")
+        print(f"    caption   {caption}")
+        print(f"    {question} {model.answer(video, question)} (it is: {truth})", flush=True)
+
+
 def _served(demo: Demo, tracking: str, port: int) -> "Served":
     from hbi.serving.front import model_of, start
     from hbi.serving.settings import ServeSettings
@@ -208,8 +237,8 @@ def _search(demo: Demo, address: str) -> dict[int, Counter[Verdict]]:
 
 
 def table(demo: Demo, counted: dict[int, Counter[Verdict]]) -> str:
-    """What came of it: clips, seconds, retrieval on the test split beside chance, and what the first answers are."""
-    from hbi.training.evaluate.table import table as retrieval
+    """What came of it: clips, seconds, scores on the test split beside chance, and what the first answers are."""
+    from hbi.training.evaluate.table import table as measured
 
     shard, metrics = demo.stages["shard"], demo.stages["train"]["metrics"]
     return "\n".join(
@@ -217,7 +246,8 @@ def table(demo: Demo, counted: dict[int, Counter[Verdict]]) -> str:
             "",
             f"clips    {shard['rows']} in the manifest = {shard['samples']} samples + {shard['failures']} failures",
             "seconds  " + ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in demo.stages.items()),
-            retrieval(metrics, "test"),
+            measured(metrics, "test"),
+            measured(demo.stages["heads"]["metrics"], "test"),
             verdict_table(counted),
         ]
     )

@@ -50,6 +50,7 @@ class Train:
         return tyro.cli(cls, prog="hbi train", args=args, default=default, description=about)
 
     def run(self) -> "TrainResult":
+        from hbi.infra.mlflow.resolve import pin_model
         from hbi.serving.package import PACKAGE
         from hbi.training.evaluate.table import table
         from hbi.training.run import train
@@ -59,12 +60,9 @@ class Train:
         if result.run_id:
             print(f"run    {result.run_id}")
         if result.version:
-            alias = self.set.tracking.alias
-            name = (
-                f"models:/hbi@{alias}, models:/hbi/{result.version}"
-                if alias
-                else f"models:/hbi/{result.version}"
-            )
+            name, alias = f"models:/hbi/{result.version}", f"models:/hbi@{self.set.tracking.alias}"
+            if self.set.tracking.alias and pin_model(alias, self.tracking) == name:
+                name = f"{alias}, {name}"  # the alias may have stayed with a better version
             print(f"name   {name}")
         for split in dict.fromkeys(metric.split("/")[0] for metric in result.metrics):
             print(table(result.metrics, split))
