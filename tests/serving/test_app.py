@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psutil
@@ -30,6 +31,7 @@ from hbi.serving.settings import IndexSettings, ServeSettings
 from tests.serving.conftest import CLIPS, make_model
 from tests.support.asking import ask, form
 from tests.support.clips import video
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TEXT = "the red square moves left"
@@ -250,19 +252,28 @@ def test_a_path_inside_a_root_is_added_found_and_removed(chain: Path, address: s
     odd = "a new/one 🎬 'q' <b>"
     added = ask(address, "POST", "/videos", {"video": source, "id": odd, "captions": ["mine"]})
     assert (added.status, added.json["id"]) == (201, odd)
-    found = {r["id"]: r for r in ask(address, "POST", "/search", {"text": "red", "k": 100}).json["results"]}
-    assert found[odd]["score"] == pytest.approx(found["clip-000000"]["score"], abs=1e-3)
-    assert found[odd]["captions"] == ["mine"]
+
+    def found() -> dict[str, Any]:
+        results = ask(address, "POST", "/search", {"text": "red", "k": 100}).json["results"]
+        return {result["id"]: result for result in results}
+
+    # Another replica sees it a moment later.
+    wait_for(lambda: odd in found(), 30, "the added clip is never found")
+    results = found()
+    assert results[odd]["score"] == pytest.approx(results["clip-000000"]["score"], abs=1e-3)
+    assert results[odd]["captions"] == ["mine"]
     assert ClipTable.open(index).snapshot().clip(odd).source == os.path.realpath(
         source
     )  # for who comes later
     again = ask(address, "POST", "/videos", {"video": source, "id": odd})
     assert (again.status, "is in use" in again.detail) == (409, True)
     assert ask(address, "POST", "/videos", {"video": source, "id": odd, "replace": True}).status == 201
-    assert ask(address, "GET", f"/videos/{quote(odd)}").json["captions"] == []
+    wait_for(
+        lambda: ask(address, "GET", f"/videos/{quote(odd)}").json["captions"] == [], 30, "the old one stays"
+    )
     assert ask(address, "DELETE", f"/videos/{quote(odd)}").status == 200
     assert ask(address, "DELETE", f"/videos/{quote(odd)}").status == 404
-    assert ask(address, "GET", "/health").json["videos"] == CLIPS
+    wait_for(lambda: ask(address, "GET", "/health").json["videos"] == CLIPS, 30, "the removed clip stays")
 
 
 def test_two_clients_cannot_take_the_same_id(chain: Path, address: str) -> None:
@@ -312,7 +323,7 @@ def test_what_is_no_video_is_refused_and_not_kept(
     for name in ("pipe.mp4", "videos", "manifest.jsonl", "absent.mp4"):
         assert ask(address, "POST", "/videos", {"video": str(chain / "corpus" / name)}).status == 422, name
     assert not list((Path(index) / "uploads").glob("*"))
-    assert ask(address, "GET", "/health").json["videos"] == CLIPS
+    wait_for(lambda: ask(address, "GET", "/health").json["videos"] == CLIPS, 30, "something was added")
 
 
 # --- Playing --------------------------------------------------------------------------------------------------------
