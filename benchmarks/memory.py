@@ -50,7 +50,7 @@ def kind_of(process: psutil.Process, driver: int) -> str | None:
         return None
     if process.pid == driver:
         return "driver"
-    if "hbi.pipelines.decoding.decoder" in command:
+    if "hbi.pipelines.decoding.worker" in command:
         return "decoder"
     return "worker" if command.startswith("ray::Map") else None
 

@@ -268,7 +268,8 @@ class TrainConfig:
             ),
             ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
         ]
-        rules.append(("checkpoint.metric", self.metric, *self._measured()))
+        if self.task:
+            rules.append(("checkpoint.metric", self.metric, *self._measured()))
         for name, value, holds, rule in rules:
             if not holds:
                 raise ValueError(f"--set.{name} {value}: must be {rule}")
@@ -292,7 +293,7 @@ class TrainConfig:
     @property
     def metric(self) -> str:
         """By which the best checkpoint is chosen."""
-        return self.checkpoint.metric or METRICS[self.task[0]]
+        return self.checkpoint.metric or METRICS.get(next(iter(self.task), ""), "")
 
     @property
     def protocol(self) -> EvalProtocol:

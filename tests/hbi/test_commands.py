@@ -15,26 +15,11 @@ import pytest
 from hbi import cli
 from hbi.commands.corpora import Corpus
 from hbi.training.runs.table import RUNS
+from tests.support.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = list(cli.COMMANDS)
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object
-) -> tuple[int, str, str]:
-    """A command in this process: its exit status, and what it said."""
-    monkeypatch.setattr(sys, "argv", ["hbi", *map(str, args)])
-    monkeypatch.setattr(cli, "end_on_signal", lambda: None)
-    monkeypatch.setattr(cli, "stop_ray", lambda: None)
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as ending:
-        status = int(ending.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def test_help_lists_every_command_with_its_first_line(capsys, monkeypatch) -> None:

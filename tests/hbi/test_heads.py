@@ -1,17 +1,16 @@
 """`hbi answer`, `hbi caption`, `hbi classify`: what they print is what the model says, and bad input is one line."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import hbi
-from hbi import cli
 from hbi.model.config import AnswerConfig, CaptionConfig, ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import train_tokenizer
 from hbi.model.weights import save_model
+from tests.support.commands import run
 from tests.support.videos import make
 
 TOWERS = TowerConfig(
@@ -35,17 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(model, folder / "model", tokenizer)
     (folder / "one.mp4").write_bytes(make(12))
     return folder
-
-
-def run(capsys, monkeypatch, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["hbi", *args])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def test_an_answer_a_caption_and_labels(folder: Path, capsys, monkeypatch) -> None:

@@ -53,7 +53,7 @@ def msrvtt_caption() -> TrainConfig:
 def msvd_caption() -> TrainConfig:
     """MSVD captions: 1,200 / 100 / 670 clips of about 40 captions.
 
-    Command: as `msrvtt-caption`, with `msvd`. Settings are those of MSR-VTT. Expected of others: SwinBERT 120.6
+    Command: as `msrvtt-caption`, with `msvd`. Settings are those of MSR-VTT. Expected: others have SwinBERT 120.6
     (README).
     """
     base = msrvtt_caption()

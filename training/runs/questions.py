@@ -63,7 +63,7 @@ def msvd_qa() -> TrainConfig:
     """MSVD-QA: 30,933 questions on 1,200 clips in training (val 6,415 on 250, test 13,157 on 520).
 
     Command: as `msrvtt-qa`, with `msvd-qa`. The published code has no loader, settings or score for it: these are those
-    of MSRVTT-QA, with as many answers as Just Ask (1,852). Expected of others: Just Ask 46.3, FrozenBiLM 54.8.
+    of MSRVTT-QA, with as many answers as Just Ask (1,852). Expected: others have Just Ask 46.3, FrozenBiLM 54.8.
     """
     base = msrvtt_qa()
     return replace(
@@ -79,7 +79,7 @@ def activitynet_qa() -> TrainConfig:
 
     Command: as `msrvtt-qa`, with `activitynet-qa` and `--frames 64`. The published code has no loader, settings or
     score for it: these are those of MSRVTT-QA with the frames of ActivityNet's retrieval, and as many answers as Just
-    Ask (1,654). Expected of others: Just Ask 38.9, FrozenBiLM 43.2.
+    Ask (1,654). Expected: others have Just Ask 38.9, FrozenBiLM 43.2.
     """
     base = msrvtt_qa()
     return replace(
