@@ -74,9 +74,10 @@ def demo_heads() -> TrainConfig:
     """Answers and captions on the made corpus, from the model of the demo, in a minute or two.
 
     Command: `hbi demo`, or `hbi train demo-heads --data demo-out/shards --set.init-from demo-out/run/model`. Expected,
-    from a model of t2v R@1 69.3, the one score that was measured: 64 % of the 1,452 test questions are answered rightly, where the commonest answer of
-    each type gives 22 %; CIDEr 196, BLEU@4 34 (times 100). After 90 steps it was 54 % and CIDEr 80, and captions named
-    the first thing and stopped. How well the model still retrieves was not measured: the demo searches with its own.
+    from a model of t2v R@1 69.3 (measured once): 64 % of the 1,452 test questions are answered rightly, where the
+    commonest answer of each type gives 22 %; CIDEr 196, BLEU@4 34 (times 100). After 90 steps it was 54 % and CIDEr
+    80, and captions named the first thing and stopped. No score says how well the model still retrieves: the demo
+    searches with its own.
     """
     base = demo()
     return replace(
