@@ -121,7 +121,7 @@ class EvalProtocol:
 
     paragraph: bool = False
     """All captions of a clip as one text (ActivityNet, DiDeMo), instead of each caption as a query of its own."""
-    rates: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    level_weights: tuple[float, float, float] = (1.0, 0.0, 0.0)
     """Weights of the entity, action and event similarities in the score; published: the entity level alone."""
     dsl: bool = False
     """Add the metrics with dual softmax (`t2v+dsl/...`), which sees all queries at once."""
@@ -131,8 +131,10 @@ class EvalProtocol:
     """Clips encoded at once."""
 
     def __post_init__(self) -> None:
-        if len(self.rates) != 3 or min(self.rates) < 0 or not any(self.rates):
-            raise ValueError(f"rates is {self.rates}: give three numbers of at least 0, one of them above")
+        if len(self.level_weights) != 3 or min(self.level_weights) < 0 or not any(self.level_weights):
+            raise ValueError(
+                f"level_weights is {self.level_weights}: give three numbers of at least 0, one of them above"
+            )
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}, must be at least 1")
         if self.qbnorm < 0:
@@ -310,7 +312,7 @@ class TrainConfig:
         return _build(TrainConfig, json.loads(text))
 
 
-EARLIER_NAMES = {"window": "shuffle_window", "start": "init_from"}
+EARLIER_NAMES = {"window": "shuffle_window", "start": "init_from", "rates": "level_weights"}
 """Fields that files of an earlier version have by another name."""
 
 

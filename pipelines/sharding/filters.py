@@ -250,22 +250,22 @@ def duplicates(fingerprints: Iterable[tuple[int, Fingerprint]], settings: Filter
 
     The first of a kind stays. Only rows that stay are compared with, so a chain of small differences is not all one.
     """
-    repeats: dict[int, str] = {}
+    repeated: dict[int, str] = {}
     same: dict[str, int] = {}
     near = _Near(settings.near) if settings.near is not None else None
     for number, found in fingerprints:
         if settings.same:
             first = same.setdefault(found.digest, number)
             if first != number:
-                repeats[number] = f"the same bytes and times as row {first + 1}"
+                repeated[number] = f"the same bytes and times as row {first + 1}"
                 continue
         if near is not None:
             like = near.find(int(found.hash, 16))
             if like is not None:
-                repeats[number] = f"nearly the same pictures as row {like + 1}"
+                repeated[number] = f"nearly the same pictures as row {like + 1}"
                 continue
             near.add(int(found.hash, 16), number)
-    return repeats
+    return repeated
 
 
 class _Near:

@@ -124,10 +124,10 @@ def test_every_clip_against_every_caption(folder: Path, model: HBI, tokenizer: A
 
 def test_rates_mix_the_levels(folder: Path, model: HBI, tokenizer: Any) -> None:
     samples = list(all_samples(folder / "shards", "val"))
-    protocol = EvalProtocol(rates=(0.5, 0.3, 0.2))
+    protocol = EvalProtocol(level_weights=(0.5, 0.3, 0.2))
     found = measured(model, tokenizer, str(folder / "shards"), "val", protocol)
     levels = [by_hand(model, tokenizer, samples, level=level)[0] for level in LEVELS]
-    expected = sum(rate * scores for rate, scores in zip(protocol.rates, levels, strict=True))
+    expected = sum(weight * scores for weight, scores in zip(protocol.level_weights, levels, strict=True))
     assert found.similarity is not None
     torch.testing.assert_close(found.similarity, expected, rtol=1e-4, atol=1e-5)
 
@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path, folder: Path, model: HBI, tokenizer: Any) -> N
         measured(model, tokenizer, index, "test")
     with pytest.raises(ValueError, match="made with frames 3"):
         measured(model, tokenizer, make_shards(tmp_path / "three", frames=3, val=[1]), "val")
-    for wrong in ({"rates": (0.0, 0.0, 0.0)}, {"batch": 0}, {"qbnorm": -1}):
+    for wrong in ({"level_weights": (0.0, 0.0, 0.0)}, {"batch": 0}, {"qbnorm": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvalProtocol(**wrong)
 

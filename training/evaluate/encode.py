@@ -167,7 +167,7 @@ class SplitEncoder:
 
 def level_weights(protocol: EvalProtocol) -> dict[str, float]:
     """The levels that count, with their weight."""
-    return {level: rate for level, rate in zip(LEVELS, protocol.rates, strict=True) if rate}
+    return {level: weight for level, weight in zip(LEVELS, protocol.level_weights, strict=True) if weight}
 
 
 # ------------------------------------------------------------------------------------------------- ranks
