@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from hbi.pipelines.corpus.truth import Verdict
 if TYPE_CHECKING:
     from hbi.serving.front import Served
 
-FORMAT = 2
+FORMAT = 3
 """Of a demo folder: another version's is not resumed."""
 DEFAULT_CLIPS = 8000
 """With fewer there is too little to learn from to ask for a score."""
@@ -207,15 +206,19 @@ def _tell(demo: Demo) -> None:
     import hbi
 
     rows = map(json.loads, Path(demo.path("corpus/manifest.jsonl")).read_text().splitlines())
-    told = list(islice((row for row in rows if row["split"] == "test" and row["qa"]), 3))
+    rows = [row for row in rows if row["split"] == "test" and row["qa"]]
+    told = rows[:: max(1, len(rows) // 3)][:3]  # neighbours differ in a word
     model = hbi.load(demo.path("heads/model"))
     videos = [demo.path(f"corpus/{row['video']}") for row in told]
     print("\ncaptions and answers, of clips that were not trained on")
-    for row, video, caption in zip(told, videos, model.caption(videos, beam=1), strict=True):
-        question, truth = row["qa"][0]["question"], row["qa"][0]["answer"]
+    for turn, (row, video, caption) in enumerate(
+        zip(told, videos, model.caption(videos, beam=1), strict=True)
+    ):
+        asked = row["qa"][turn % len(row["qa"])]
         print(f"\n  {row['id']}  {row['captions'][0]}")
         print(f"    caption   {caption}")
-        print(f"    {question} {model.answer(video, question)} (it is: {truth})", flush=True)
+        answer = model.answer(video, asked["question"])
+        print(f"    {asked['question']} {answer} (it is: {asked['answer']})", flush=True)
 
 
 def _served(demo: Demo, tracking: str, port: int) -> "Served":
