@@ -165,9 +165,10 @@ def run(settings: DemoSettings) -> None:
                     f"text-to-video R@1 is {recall:.1f} %, under {LEAST_RECALL:.0f} %: "
                     "the model or its training is wrong"
                 )
-            print(next_commands(Path(settings.out), tracking), flush=True)
             if settings.serve:
+                print(next_commands(Path(settings.out), tracking), flush=True)
                 _keep_serving(tracking, settings.port)
+    print(next_commands(Path(settings.out), tracking), flush=True)  # last, after whatever Ray says as it ends
 
 
 def _shard(demo: Demo) -> None:
