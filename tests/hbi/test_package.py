@@ -45,7 +45,8 @@ class Installed:
         return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "MLFLOW_TRACKING_URI": self.store,
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            # What MLflow starts (uvicorn) is a command of the packages that hbi depends on.
+            "PATH": f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 
 
