@@ -33,7 +33,8 @@ def ray_session() -> Iterator[None]:
     """One Ray of two CPUs for the session; importable working directory, no dashboard."""
     import ray
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # Without an empty entry, which would stand for whatever folder a process is in.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
