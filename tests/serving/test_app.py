@@ -171,7 +171,12 @@ def test_search_over_http_is_the_search_of_the_engine(chain: Path, address: str)
     answer = ask(address, "POST", "/search", {"text": TEXT, "k": 5})
     engine = Engine(str(chain / "model"), "", str(chain / "index"))
     assert answer.status == 200
-    assert answer.json == json.loads(json.dumps(engine.find(engine.encode([TEXT])[0], Page(5))))
+    expected = json.loads(json.dumps(engine.find(engine.encode([TEXT])[0], Page(5))))
+    got = answer.json
+    for found, wanted in zip(got["results"], expected["results"], strict=True):
+        # A replica may have fewer threads, and its sums another last digit.
+        assert found.pop("score") == pytest.approx(wanted.pop("score"), abs=1e-5)
+    assert got == expected
     first = answer.json["results"][0]
     assert {"id", "score", "video", "start", "end", "moment", "captions"} <= set(first)
     assert first["start"] <= first["moment"][0] < first["moment"][1] <= first["end"]
