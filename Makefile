@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup check test demo bench
+.PHONY: setup check test slow demo bench
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ check: $(READY)
 
 test: $(READY)
 	@$(BIN)/pytest
+
+# Every benchmark on a tiny size.
+slow: $(READY)
+	@$(BIN)/pytest -m slow
 
 demo: $(READY)
 	@$(BIN)/hbi demo $(ARGS)

@@ -19,6 +19,7 @@ def test_search(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert found["add_ms"] > 0 and found["delete_ms"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_serving(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     serving.main(index=str(chain / "index"), clients=(2,), seconds=0.5)
