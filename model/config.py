@@ -269,6 +269,12 @@ class ModelConfig:
         """Width of an attention head in the merges and over frames: CLIP's 64, or as many as `dim` allows."""
         return 64 if self.towers.dim % 64 == 0 else self.towers.dim
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the model does beside retrieval, in the names of training's tasks."""
+        there = {"qa": self.answers.head != "none", "caption": self.captions.layers > 0}
+        return tuple(task for task, has in there.items() if has)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)

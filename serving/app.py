@@ -6,8 +6,10 @@ finish what it sends, costs a socket and no replica. Every refusal is one line, 
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import fastapi_offline
@@ -15,18 +17,21 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from hbi.infra import storage
 from hbi.serving.auth import COOKIE, Bodies, Guard, Heads, same, session_of
 from hbi.serving.deploy import logs
-from hbi.serving.engine import FRESH_SECONDS
+from hbi.serving.engine import FRESH_SECONDS, Span
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.media import keep_upload, kind_of_static, look_at, play
 from hbi.serving.operations import (
     LONGEST_TEXT,
     PATIENCE,
+    AnswerRequest,
     Asked,
+    CaptionRequest,
     ExplainRequest,
     Front,
     NewVideo,
@@ -37,6 +42,7 @@ from hbi.serving.refusal import Refused, require_text
 
 PAGE = Path(__file__).parent / "page"
 DOCS = Path(fastapi_offline.__file__).parent / "static"
+Kind = TypeVar("Kind", bound=CaptionRequest)
 
 
 def build_api(front: Front) -> Any:
@@ -50,6 +56,7 @@ def build_api(front: Front) -> Any:
     )
     _refusals(api)
     _searching(api, front)
+    _telling(api, front)
     _videos(api, front)
     _pages(api, front)
     return Heads(Guard(Bodies(api, front.settings), front.settings))
@@ -87,12 +94,31 @@ def _searching(api: FastAPI, front: Front) -> None:
         return Plain(await ask("replica", "explain", text, (await front.clip(request.id)).id))
 
 
+def _telling(api: FastAPI, front: Front) -> None:
+    @api.post("/answer", openapi_extra=_form("question", "answers", json=AnswerRequest))
+    async def answer(request: Request) -> Any:
+        """The answers to a question about a video, likeliest first: JSON with its `id`, or a form with a `file`."""
+        front.require_head("qa")
+        async with _asked(front, request, AnswerRequest) as (span, asked):
+            return await front.answer(span, asked)
+
+    @api.post("/caption", openapi_extra=_form(json=CaptionRequest))
+    async def caption(request: Request) -> Any:
+        """A caption of a video: JSON with its `id`, or a form with a `file`."""
+        front.require_head("caption")
+        async with _asked(front, request, CaptionRequest) as (span, asked):
+            return await front.caption(span, asked)
+
+
 def _videos(api: FastAPI, front: Front) -> None:
-    @api.post("/videos", status_code=201, openapi_extra=_form("id", "captions", "start", "end", "replace"))
+    @api.post(
+        "/videos",
+        status_code=201,
+        openapi_extra=_form("id", "captions", "start", "end", "replace", json=NewVideo),
+    )
     async def add(request: Request) -> Any:
         """Adds a video: JSON that names one inside the media roots, or a form with its `file`."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind == "application/json":
+        if _is_json(request):
             new = NewVideo.model_validate_json(await request.body() or b"null")
             place = await anyio.to_thread.run_sync(front.roots.to_add, new.video)
             return await front.add(new, place, new.video)
@@ -210,8 +236,6 @@ def _refusals(api: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         return Plain({"detail": str(error.detail)}, error.status_code, dict(error.headers or {}))
 
-    from pydantic import ValidationError
-
     @api.exception_handler(ValidationError)
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: Any) -> Response:
@@ -230,9 +254,34 @@ def _refusals(api: FastAPI) -> None:
         )
 
 
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _is_json(request: Request) -> bool:
+    return _kind(request) == "application/json"
+
+
+@asynccontextmanager
+async def _asked(front: Front, request: Request, kind: type[Kind]) -> AsyncIterator[tuple[Span, Kind]]:
+    """What is asked, and the video that it is about: one of the index, or a form's file while it is looked at."""
+    if _is_json(request):
+        asked = kind.model_validate_json(await request.body() or b"null")
+        yield await front.span(asked.id), asked
+        return
+    path, name, fields = await front.upload(_a_form(request))
+    try:
+        given: dict[str, Any] = {key: values[-1] for key, values in fields.items()}
+        if "answers" in fields:
+            given["answers"] = fields["answers"]
+        yield Span(path), kind.model_validate(given | {"id": name})
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
 def _a_form(request: Request) -> Request:
     """The request itself; 415 where it brings neither JSON nor a form."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = _kind(request)
     if kind != "multipart/form-data":
         raise Refused(
             415, f"Content-Type {kind!r}: send application/json, or multipart/form-data with a `file`"
@@ -240,12 +289,11 @@ def _a_form(request: Request) -> Request:
     return request
 
 
-def _form(*fields: str) -> dict[str, Any]:
-    """A form with a file, for the schema."""
+def _form(*fields: str, json: type[BaseModel] | None = None) -> dict[str, Any]:
+    """A form with a file, or JSON, for the schema."""
     properties: dict[str, Any] = {"file": {"type": "string", "format": "binary"}}
     properties |= {name: {"type": "string"} for name in fields}
-    return {
-        "requestBody": {
-            "content": {"multipart/form-data": {"schema": {"type": "object", "properties": properties}}}
-        }
-    }
+    content = {"multipart/form-data": {"schema": {"type": "object", "properties": properties}}}
+    if json is not None:
+        content["application/json"] = {"schema": json.model_json_schema()}
+    return {"requestBody": {"content": content}}

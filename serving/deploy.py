@@ -21,7 +21,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from hbi.serving.engine import Engine, NewClip, Page, unknown
+from hbi.serving.engine import Engine, NewClip, Page, Span, unknown
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.index.table import ClipTable, IdInUse
 from hbi.serving.refusal import Refused
@@ -83,6 +83,16 @@ class Replica:
     async def explain(self, text: str, id: str) -> dict[str, Any]:
         """`Engine.explain`."""
         return await asyncio.to_thread(self.engine.explain, await self._encode(text), id)
+
+    @answered
+    async def answer(self, clip: Span, question: str, answers: list[str] | None) -> list[tuple[str, float]]:
+        """`Engine.answer`."""
+        return await asyncio.to_thread(self.engine.answer, clip, question, answers)
+
+    @answered
+    async def caption(self, clip: Span) -> str:
+        """`Engine.caption`."""
+        return await asyncio.to_thread(self.engine.caption, clip)
 
     @answered
     async def rows(self, new: NewClip) -> bytes:

@@ -17,9 +17,7 @@ from hbi.model.tokenizer import tokenize
 from hbi.model.tokens import Tokens
 from hbi.serving.index.rows import Encoded
 from hbi.serving.index.stages import segments_of
-
-START, END = "[start]", "[end]"
-"""What the marks around a sentence are called where words are shown."""
+from hbi.serving.model import words_of
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,10 @@ def encode_sentences(model: HBI, tokenizer: Any, texts: Sequence[str]) -> list[S
     sentences = []
     for i in range(len(texts)):
         length = int(mask[i].sum())
-        words, of_token = written(tokenizer, ids[i, :length].tolist())
+        words, of_token = words_of(tokenizer, ids[i, :length].tolist())
         own = Tokens(*(part[i : i + 1, :length] for part in tokens))
         sentences.append(Sentence(own, words, of_token, len(whole[i]) > length))
     return sentences
-
-
-def written(tokenizer: Any, ids: list[int]) -> tuple[list[str], list[int]]:
-    """The words of token ids as written, and which word each token belongs to; pieces of one word are together."""
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    words: list[list[str]] = []
-    of_token: list[int] = []
-    begins = True
-    for position, piece in enumerate(pieces):
-        marks = position in (0, len(pieces) - 1)
-        # Byte-level tokenizers mark a word's beginning (Ġ), CLIP's its end (</w>).
-        if marks or begins or piece.startswith(("Ġ", "▁")):
-            words.append([])
-        words[-1].append(piece)
-        of_token.append(len(words) - 1)
-        begins = marks or piece.endswith("</w>")
-    texts = [tokenizer.convert_tokens_to_string(word).strip() for word in words]
-    if texts:
-        texts[0] = START
-        texts[-1] = END
-    return texts, of_token
 
 
 def encoded_rows(tokens: Tokens, jpegs: Sequence[Sequence[bytes]], pixels: int) -> list[Encoded]:

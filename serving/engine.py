@@ -4,7 +4,8 @@ Answers are plain values for JSON; what cannot be answered is a `Refused`.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import local_file, look_at
+from hbi.serving.model import Model
 from hbi.serving.refusal import Refused
 
 FRESH_SECONDS = 1.0
@@ -47,21 +49,29 @@ class Page:
 
 
 @dataclass(frozen=True)
-class NewClip:
-    """A clip to take in."""
+class Span:
+    """A clip of a video."""
 
     place: str
     """Where the video lies, as the server reads it."""
+    start: float | None = None
+    """Where the clip begins, in seconds."""
+    end: float | None = None
+    """Where it ends, in seconds."""
+
+
+@dataclass(frozen=True)
+class NewClip:
+    """A clip to take in."""
+
+    clip: Span
+    """Its video, and which part of it."""
     video: str
     """What it is called in answers."""
     id: str
     """Unique in the index."""
     part: str
     """Names the request that brought it."""
-    start: float | None = None
-    """Where the clip begins, in seconds."""
-    end: float | None = None
-    """Where it ends, in seconds."""
     captions: tuple[str, ...] = ()
     """Sentences that came with it."""
 
@@ -74,15 +84,14 @@ class Engine:
     ) -> None:
         """model: a folder or a pinned name, resolved on this machine. ValueError says what is missing."""
         folder = resolve_model(model, tracking)
-        self.model = load_model(folder).eval().to("cuda" if gpu else "cpu")
-        self.tokenizer = load_tokenizer(folder)
+        self.model = Model(load_model(folder), load_tokenizer(folder), "cuda" if gpu else "cpu")
         self.table = ClipTable.open(index)
         self.thumbnail_pixels = thumbnail_pixels
         self._decoding = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> list[Sentence]:
         """Sentences to tokens, all at once."""
-        return encode_sentences(self.model, self.tokenizer, texts)
+        return encode_sentences(self.model.model, self.model.tokenizer, texts)
 
     def find(self, sentence: Sentence, page: Page) -> dict[str, Any]:
         """The clips that match a sentence best, best first."""
@@ -100,8 +109,8 @@ class Engine:
 
     def find_example(self, place: str, page: Page) -> dict[str, Any]:
         """The clips that are most like a video."""
-        frames, _ = self._decode(place, None, None)
-        tokens = encode_video(self.model, from_jpegs(frames)[None])
+        frames, _ = self._decode(Span(place))
+        tokens = encode_video(self.model.model, from_jpegs(frames)[None])
         return self._ranked(Tokens(tokens.tokens.float(), tokens.logits, tokens.mask), page)
 
     def explain(self, sentence: Sentence, id: str) -> dict[str, Any]:
@@ -122,8 +131,8 @@ class Engine:
 
     def rows(self, new: NewClip) -> Any:
         """A new clip as a row of the table, cut and encoded as the index's clips were: an Arrow table."""
-        frames, decoded = self._decode(new.place, new.start, new.end)
-        tokens = encode_video(self.model, from_jpegs(frames)[None])
+        frames, decoded = self._decode(new.clip)
+        tokens = encode_video(self.model.model, from_jpegs(frames)[None])
         clip = Clip(
             id=new.id,
             video=new.video,
@@ -131,10 +140,22 @@ class Engine:
             end=decoded.end,
             timestamps=decoded.timestamps,
             captions=list(new.captions),
-            source=new.place,
+            source=new.clip.place,
             part=new.part,
         )
         return rows_of([clip], encoded_rows(tokens, [frames], self.thumbnail_pixels))
+
+    def answer(self, clip: Span, question: str, answers: Sequence[str] | None) -> list[tuple[str, float]]:
+        """The answers to a question about a clip with their probability, likeliest first: `Model.rank_answers`."""
+        frames = from_jpegs(self._decode(clip)[0])
+        with _refusing():
+            return self.model.rank_answers(frames, question, answers)
+
+    def caption(self, clip: Span) -> str:
+        """A caption of a clip: `Model.caption`."""
+        frames = from_jpegs(self._decode(clip)[0])
+        with _refusing():
+            return self.model.caption([frames])[0]
 
     def _snapshot(self) -> Snapshot:
         return self.table.snapshot(FRESH_SECONDS)
@@ -190,14 +211,14 @@ class Engine:
         order = [place[row] for row in rows]
         return padded([tokens[i] for i in order], [logits[i] for i in order])
 
-    def _decode(self, place: str, start: float | None, end: float | None) -> tuple[list[bytes], DecodedClip]:
+    def _decode(self, part: Span) -> tuple[list[bytes], DecodedClip]:
         """The frames of a clip as JPEGs, cut as the shards were: its tokens equal those of a sharded clip."""
         # One at a time, in a process of its own that ends at a limit of time and memory.
-        with self._decoding, local_file(place) as path:
+        with self._decoding, _source(part.place) as path:
             look_at(path)
             with Decoder.of_settings(self.table.metadata.shards) as decoder:
                 try:
-                    clip = decoder.decode(path, start, end)
+                    clip = decoder.decode(path, part.start, part.end)
                 except (DecodeError, ValueError) as error:
                     raise Refused(422, f"gives no frames: {error}") from None
         return clip.jpegs, clip
@@ -205,8 +226,27 @@ class Engine:
     def _note(self, sentence: Sentence) -> str | None:
         if not sentence.cut:
             return None
-        words = self.model.config.words
+        words = self.model.model.config.words
         return f"the sentence is longer than the model's {words} words and word pieces: its end was left out"
+
+
+@contextmanager
+def _source(place: str) -> Iterator[str]:
+    """`local_file`; 404 where the video is gone."""
+    try:
+        with local_file(place) as path:
+            yield path
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        raise Refused(404, "the source video is not there any more") from None
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What the model says of a wrong question, as a refusal."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(422, str(error)) from None
 
 
 def _row(snapshot: Snapshot, id: str) -> int:

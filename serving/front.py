@@ -33,6 +33,8 @@ class Answering:
     """The MLflow store of a `models:/` name."""
     folder: str
     """Where it lies on this machine."""
+    heads: tuple[str, ...] = ()
+    """What it does beside retrieval: `ModelConfig.heads`."""
 
 
 def model_of(index: str, model: str | None = None, tracking: str | None = None) -> Answering:
@@ -41,6 +43,7 @@ def model_of(index: str, model: str | None = None, tracking: str | None = None) 
     tracking: the MLflow store (default: MLFLOW_TRACKING_URI, else the one that the index names). ValueError where
     `model` is another one than the index was made by, or where it cannot be had.
     """
+    from hbi.model.weights import read_config
     from hbi.serving.encode import model_digest
 
     metadata = IndexMetadata.read(index)
@@ -54,7 +57,7 @@ def model_of(index: str, model: str | None = None, tracking: str | None = None) 
             f"{named}, not the model that made {index} ({metadata.model}): leave MODEL out to use the index's own, "
             "or index the shards anew with this one"
         )
-    return Answering(name, uri, folder)
+    return Answering(name, uri, folder, read_config(folder).heads)
 
 
 def store_of(tracking: str | None, recorded: str) -> str:
@@ -138,7 +141,7 @@ def start(answering: Answering, index: str, settings: ServeSettings) -> Served:
         serve.run(together(replica, writer), name=name, route_prefix=None)
         handles = [serve.get_deployment_handle(each, name) for each in ("Replica", "Writer")]
         backend = Backend(handles[0], handles[1], settings.request_seconds)
-        api = build_api(Front(backend, table, settings))
+        api = build_api(Front(backend, table, settings, answering.heads))
         server, thread = _serve_http(api, listener)
     except BaseException:
         listener.close()
@@ -262,7 +265,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
         name = serve.get_replica_context().app_name
         replica, writer = (serve.get_deployment_handle(each, name) for each in ("Replica", "Writer"))
         backend = Backend(replica, writer, settings.request_seconds)
-        return build_api(Front(backend, ClipTable.open(index), settings))
+        return build_api(Front(backend, ClipTable.open(index), settings, answering.heads))
 
     ingress: Any = serve.deployment(serve.ingress(build)(), name="Front")
     options = {"num_cpus": 0.1}

@@ -3,7 +3,7 @@
     model = hbi.load("models:/hbi@champion")
     model.similarity(["a red square moves left"], ["one.mp4", "two.mp4"])      # [texts, videos]
 
-`hbi.load`, the MLflow package, the commands and the MTEB wrapper are all this one class.
+`hbi.load`, the MLflow package, the commands, the replicas and the MTEB wrapper are all this one class.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,12 @@ LEVEL = "entity"
 """The level whose tokens score retrieval."""
 START, END = "[start]", "[end]"
 """What the marks around a sentence are called where words are shown."""
+
+NO_HEAD = {
+    "qa": "this model answers no questions: train one with --set.task qa",
+    "caption": "this model writes no captions: train one with --set.task caption",
+}
+"""What is said where a model lacks the head of a task."""
 
 Video = str | Path | UInt8[np.ndarray, "frames height width 3"]
 """A path, or frames as they were shot."""
@@ -132,7 +138,7 @@ class Model:
 
         ValueError where the model writes no captions.
         """
-        self._require("captioner", "writes no captions: train one with --set.task caption")
+        self._require("caption")
         marks, settings = caption_marks(self.tokenizer), DecodeSettings(beam=beam)
         captions: list[str] = []
         for frames, mask, _ in self._encoded(videos):
@@ -152,7 +158,7 @@ class Model:
         answers: what may be answered, two or more; none: the model's own list. ValueError where the model answers no
         questions, or only those of its own list, and for a question that is empty or longer than the model's words.
         """
-        self._require("answerer", "answers no questions: train one with --set.task qa")
+        self._require("qa")
         known = self.model.vocabulary
         if answers is not None:
             _require_list(answers, "answers", 2)
@@ -246,9 +252,9 @@ class Model:
             raise ValueError(f"question: {length} tokens, the model reads {most}: ask a shorter one")
         return self._tokens([question], "question", padded=True)  # as in training: merges count padding
 
-    def _require(self, head: str, otherwise: str) -> None:
-        if getattr(self.model, head) is None:
-            raise ValueError(f"this model {otherwise}")
+    def _require(self, task: str) -> None:
+        if task not in self.model.config.heads:
+            raise ValueError(NO_HEAD[task])
 
     # ---------------------------------------------------------------------------------------------- decoding
 

@@ -15,10 +15,11 @@ from starlette.formparsers import MultiPartException
 
 from hbi.infra import storage
 from hbi.serving.deploy import Backend
-from hbi.serving.engine import FRESH_SECONDS, NewClip, Page, unknown
+from hbi.serving.engine import FRESH_SECONDS, NewClip, Page, Span, unknown
 from hbi.serving.index.rows import Clip
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import MediaRoots
+from hbi.serving.model import NO_HEAD
 from hbi.serving.refusal import Refused, require_text
 from hbi.serving.settings import ServeSettings
 
@@ -55,6 +56,20 @@ class ExplainRequest(BaseModel):
     id: str
 
 
+class CaptionRequest(BaseModel):
+    """A video of the index to write a caption for."""
+
+    model_config = STRICT
+    id: str
+
+
+class AnswerRequest(CaptionRequest):
+    """A question about a video of the index; `answers` are what may be answered, else what the model was trained on."""
+
+    question: str
+    answers: list[str] | None = None
+
+
 class NewVideo(BaseModel):
     """A video inside the media roots, to be added."""
 
@@ -79,10 +94,14 @@ class Plain(Response):
 class Front:
     """What the endpoints share."""
 
-    def __init__(self, backend: Backend, table: ClipTable, settings: ServeSettings) -> None:
+    def __init__(
+        self, backend: Backend, table: ClipTable, settings: ServeSettings, heads: tuple[str, ...] = ()
+    ) -> None:
+        """heads: what the model does beside retrieval, `ModelConfig.heads`."""
         self.backend = backend
         self.table = table
         self.settings = settings
+        self.heads = heads
         self.roots = MediaRoots.of(settings.media_root, table.uploads, settings.max_upload_bytes)
         self.labels: tuple[int, dict[str, int]] = (-1, {})
 
@@ -104,6 +123,37 @@ class Front:
         except (KeyError, Refused):
             raise unknown(id) from None
 
+    async def span(self, id: str) -> Span:
+        """Where a clip of the index lies; 403 where that is in no media root."""
+        clip = await self.clip(id)
+        place = await anyio.to_thread.run_sync(self.roots.inside, clip.source)
+        return Span(place, clip.start, clip.end)
+
+    def require_head(self, task: str) -> None:
+        """409 where the model has no head for a task."""
+        if task not in self.heads:
+            raise Refused(409, NO_HEAD[task])
+
+    async def answer(self, span: Span, asked: AnswerRequest) -> Response:
+        """The answers to a question, likeliest first."""
+        require_text("question", asked.question, LONGEST_TEXT)
+        for answer in asked.answers or ():
+            require_text("answers", answer, LONGEST_TEXT)
+        question = (span, asked.question, asked.answers)
+        ranked = await self.backend.ask("replica", "answer", *question, patience=PATIENCE)
+        return Plain(
+            {
+                "id": asked.id,
+                "question": asked.question,
+                "answers": [{"answer": answer, "score": score} for answer, score in ranked],
+            }
+        )
+
+    async def caption(self, span: Span, asked: CaptionRequest) -> Response:
+        """A caption."""
+        written = await self.backend.ask("replica", "caption", span, patience=PATIENCE)
+        return Plain({"id": asked.id, "caption": written})
+
     async def add(self, new: NewVideo, place: str, name: str) -> Response:
         """Adds a clip of the video at `place`, named `name` in answers."""
         id = require_text("id", Path(name).stem if new.id is None else new.id, LONGEST_ID)
@@ -115,7 +165,7 @@ class Front:
         if replaced is not None and not new.replace:
             raise Refused(409, f"id {id!r} is in use: choose another, or ask to replace it")
         part = f"request:{uuid.uuid4().hex}"
-        clip = NewClip(place, name, id, part, new.start, new.end, tuple(new.captions[:1000]))
+        clip = NewClip(Span(place, new.start, new.end), name, id, part, tuple(new.captions[:1000]))
         rows = await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
         answer = await self.backend.ask("writer", "add", rows, new.replace)
         if replaced is not None:
@@ -189,6 +239,7 @@ class Front:
             "digest": about.digest,
             "videos": snapshot.rows,
             "splits": self.labels[1],
+            "heads": list(self.heads),
             "read_only": self.settings.read_only,
             "key": bool(self.settings.api_key),
         }

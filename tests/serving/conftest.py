@@ -1,5 +1,8 @@
 """A made corpus, its shards, a model with random weights, and the index of the one by the other."""
 
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,22 +10,27 @@ import torch
 
 from hbi.commands.corpora import Corpus, Shard
 from hbi.commands.search import BuildIndex
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.config import AnswerConfig, CaptionConfig, ModelConfig, TowerConfig
 from hbi.model.tokenizer import train_tokenizer
 from hbi.model.weights import build_model, save_model
 from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.serving.front import Served, model_of, start
+from hbi.serving.settings import ServeSettings
 
 TOWERS = TowerConfig(
     image_size=32, patch_size=16, vision_width=32, vision_layers=1, vision_heads=2,
     text_width=32, text_layers=1, text_heads=2, vocab_size=300, context=32, dim=32,
 )  # fmt: skip
+KNOWN = ("red", "blue", "square")
 CLIPS = 16
 
 
 def make_model(folder: Path, seed: int) -> str:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(["the red square moves left then the blue star grows"] * 4, 300)
-    model = build_model(ModelConfig(towers=TOWERS, words=20, frames=4, temporal_layers=1))
+    heads = {"answers": AnswerConfig(head="open"), "captions": CaptionConfig(layers=1, words=8)}
+    model = build_model(ModelConfig(towers=TOWERS, words=20, frames=4, temporal_layers=1, **heads))
+    model.vocabulary = KNOWN
     save_model(model, str(folder), tokenizer)
     return str(folder)
 
@@ -36,3 +44,25 @@ def chain(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).run()
     BuildIndex(make_model(folder / "model", 0), str(folder / "shards"), str(folder / "index")).run()
     return folder
+
+
+@pytest.fixture(scope="package")
+def index(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy of the index, to write to."""
+    return str(shutil.copytree(chain / "index", tmp_path_factory.mktemp("served") / "index"))
+
+
+@pytest.fixture(scope="package")
+def served(chain: Path, index: str) -> Iterator[Served]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = ServeSettings(port=port, media_root=[str(chain / "corpus")], body_seconds=3.0, replica_cpus=0.2,
+                             max_upload_mb=80)  # fmt: skip
+    with start(model_of(index), index, settings) as running:
+        yield running
+
+
+@pytest.fixture
+def address(served: Served) -> str:
+    return served.address

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.serving.encode import encode_video
 from hbi.serving.engine import Engine, Page
-from hbi.serving.front import Served, model_of, start, store_of
+from hbi.serving.front import model_of, store_of
 from hbi.serving.index.build import show
 from hbi.serving.index.table import ClipTable
-from hbi.serving.settings import IndexSettings, ServeSettings
+from hbi.serving.settings import IndexSettings
 from tests.serving.conftest import CLIPS, make_model
 from tests.support.asking import ask, form
 from tests.support.clips import video
@@ -35,28 +34,6 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TEXT = "the red square moves left"
-
-
-@pytest.fixture(scope="module")
-def index(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A copy of the index, to write to."""
-    return str(shutil.copytree(chain / "index", tmp_path_factory.mktemp("served") / "index"))
-
-
-@pytest.fixture(scope="module")
-def served(chain: Path, index: str) -> Iterator[Served]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ServeSettings(port=port, media_root=[str(chain / "corpus")], body_seconds=3.0, replica_cpus=0.2,
-                             max_upload_mb=80)  # fmt: skip
-    with start(model_of(index), index, settings) as running:
-        yield running
-
-
-@pytest.fixture
-def address(served: Served) -> str:
-    return served.address
 
 
 # --- The index ------------------------------------------------------------------------------------------------------

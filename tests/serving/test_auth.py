@@ -36,7 +36,8 @@ def test_a_key_is_asked_for_everywhere_but_at_the_page_and_health() -> None:
     for path in ("/", "/health", "/page/app.js", "/session"):
         assert through(app, "GET", path).status == 200, path
     for method, path in (("POST", "/search"), ("GET", "/media/a"), ("GET", "/docs"), ("DELETE", "/videos/a"),
-                         ("GET", "/frames/a/0.jpg"), ("GET", "/openapi.json"), ("POST", "/videos")):  # fmt: skip
+                         ("GET", "/frames/a/0.jpg"), ("GET", "/openapi.json"), ("POST", "/videos"), ("POST", "/answer"),
+                         ("POST", "/caption")):  # fmt: skip
         refused = through(app, method, path)
         assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer"), path
         for wrong in ("Bearer k3", "Bearer ", "k3y", "Basic k3y", "Bearer k3y2", "Bearer \xff"):
