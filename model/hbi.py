@@ -26,6 +26,9 @@ from hbi.model.tokens import Tokens, require_tokens
 LARGEST_LOGIT_SCALE = 100.0
 BACKBONE = ("text.", "video.", "logit_scale", "logit_bias")
 """Where the names of the backbone's own parameters begin."""
+NO_RECONSTRUCTION = (
+    "this model reconstructs nothing to rerank by: train one with --set.model.reconstruction.form attention"
+)
 
 
 class Encoded(NamedTuple):
@@ -262,10 +265,12 @@ class HBI(nn.Module):
     def rerank(self, text: Tokens, video: Tokens, level: str = "entity") -> Float[Tensor, "batch"]:
         """The similarity of each text with the video of its own row, of tokens rebuilt with each other's help.
 
-        For the few candidates that a search found: a text that is asked about many videos is repeated.
+        For the few candidates that a search found: a text that is asked about many videos is repeated. ValueError where
+        the model reconstructs nothing.
         """
-        if self.reconstruction is not None:
-            text, video = self.reconstruction[level](text, video)
+        if self.reconstruction is None:
+            raise ValueError(NO_RECONSTRUCTION)
+        text, video = self.reconstruction[level](text, video)
         return matched_similarity(text, video, padding="zero" if self._published else "absent")
 
     def answer_levels(

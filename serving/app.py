@@ -71,6 +71,8 @@ def _searching(api: FastAPI, front: Front) -> None:
         page = front.page(request)
         if (request.text is None) == (request.like is None):
             raise Refused(422, "give either `text` or `like`")
+        if request.like is not None and request.rerank:
+            raise Refused(422, "rerank: scores a sentence again: give `text`, or leave it out")
         if request.like is not None:
             return Plain(await ask("replica", "like", (await front.clip(request.like)).id, page))
         return Plain(

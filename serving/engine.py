@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.frames import from_jpegs
+from hbi.model.hbi import NO_RECONSTRUCTION
 from hbi.model.tokenizer import load_tokenizer
 from hbi.model.tokens import Tokens
 from hbi.model.weights import load_model
@@ -27,11 +29,13 @@ from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import local_file, look_at
-from hbi.serving.model import Model
+from hbi.serving.model import LEVEL, Model, interaction_of
 from hbi.serving.refusal import Refused
 
 FRESH_SECONDS = 1.0
 """How old a version of the index may be that is searched."""
+RERANKED = 50
+"""Best clips of a search that are scored again where that is asked for."""
 MOMENTS = 100
 """Results of an answer that say which moment they speak of; further ones give the whole clip."""
 
@@ -46,6 +50,8 @@ class Page:
     """How many before them are left out."""
     filters: tuple[tuple[str, str], ...] = ()
     """Labels that a clip must have: (key, value)."""
+    rerank: bool = False
+    """Score the best `RERANKED` again, with tokens that are rebuilt with each other's help."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Engine:
         return encode_sentences(self.model.model, self.model.tokenizer, texts)
 
     def find(self, sentence: Sentence, page: Page) -> dict[str, Any]:
-        """The clips that match a sentence best, best first."""
+        """The clips that match a sentence best, best first; 409 for reranking by a model that reconstructs nothing."""
         answer = self._ranked(sentence.tokens, page)
         answer["note"] = self._note(sentence)
         return answer
@@ -118,7 +124,13 @@ class Engine:
         snapshot = self._snapshot()
         row = _row(snapshot, id)
         clip = snapshot.clips([row])[0]
-        tokens = interactions(sentence.tokens, self._tokens(snapshot, [row]))[0][:, : len(clip.timestamps)]
+        text, video = (
+            {LEVEL: Tokens(*(part.to(self.model.device) for part in tokens))}
+            for tokens in (sentence.tokens, self._tokens(snapshot, [row]))
+        )
+        with torch.inference_mode():
+            found = interaction_of(self.model.model, text, video)[0].float().cpu()
+        tokens = found[:, : len(clip.timestamps)]
         first, last = moment(tokens, clip.timestamps, clip.end)
         return {
             "id": id,
@@ -163,7 +175,10 @@ class Engine:
     def _ranked(self, query: Tokens, page: Page) -> dict[str, Any]:
         snapshot = self._snapshot()
         where = labelled(dict(page.filters))
-        ranking = search(snapshot, query, page.offset + page.k, where)
+        last = page.offset + page.k
+        ranking = search(snapshot, query, max(last, RERANKED) if page.rerank else last, where)
+        if page.rerank:
+            ranking = self._reranked(snapshot, query, ranking)[:last]
         asked = ranking[page.offset :]
         clips = {
             row: clip
@@ -187,9 +202,25 @@ class Engine:
                 }
                 for score, row, clip in results
             ],
-            "more": len(ranking) == page.offset + page.k and page.offset + page.k < snapshot.rows,
+            "more": len(ranking) == last < snapshot.rows,
             "note": None,
         }
+
+    @torch.inference_mode()
+    def _reranked(
+        self, snapshot: Snapshot, query: Tokens, ranking: list[tuple[float, int]]
+    ) -> list[tuple[float, int]]:
+        """A ranking whose best have the order and the scores of `HBI.rerank`; the rest follows as it was."""
+        model = self.model.model
+        if model.reconstruction is None:
+            raise Refused(409, NO_RECONSTRUCTION)
+        rows, rest = [row for _, row in ranking[:RERANKED]], ranking[RERANKED:]
+        if not rows:
+            return []
+        text = Tokens(*(part.expand(len(rows), *part.shape[1:]).to(self.model.device) for part in query))
+        clips = Tokens(*(part.to(self.model.device) for part in self._tokens(snapshot, rows)))
+        scores = model.rerank(text, clips).tolist()
+        return sorted(zip(scores, rows, strict=True), key=lambda pair: -pair[0]) + rest
 
     def _moments(
         self, snapshot: Snapshot, query: Tokens, results: list[tuple[float, int, Clip]]

@@ -42,10 +42,12 @@ class Asked(BaseModel):
 
 
 class SearchRequest(Asked):
-    """A sentence, or the id of a video to find the like of."""
+    """A sentence, or the id of a video to find the like of. `rerank`: score the best for a sentence again, with tokens
+    that are rebuilt with each other's help."""
 
     text: str | None = None
     like: str | None = None
+    rerank: bool = False
 
 
 class ExplainRequest(BaseModel):
@@ -113,7 +115,7 @@ class Front:
         filters = tuple(
             (require_text("filter", k, 200), require_text("filter", v, 500)) for k, v in asked.filter.items()
         )
-        return Page(asked.k, asked.offset, filters)
+        return Page(asked.k, asked.offset, filters, getattr(asked, "rerank", False))
 
     async def clip(self, id: str) -> Clip:
         """A clip of the index; 404 for an id that it does not hold."""

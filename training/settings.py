@@ -127,6 +127,9 @@ class EvalProtocol:
     """Add the metrics with dual softmax (`t2v+dsl/...`), which sees all queries at once."""
     qbnorm: int = 0
     """Add the metrics with QB-Norm (`t2v+qbnorm/...`), its bank made of so many clips of the train split."""
+    rerank: int = 0
+    """Add the metrics (`t2v+rerank/...`) of a search whose best so many are scored again with rebuilt tokens, which
+    wants a model that reconstructs."""
     batch: int = 64
     """Clips encoded at once."""
 
@@ -139,6 +142,8 @@ class EvalProtocol:
             raise ValueError(f"batch is {self.batch}, must be at least 1")
         if self.qbnorm < 0:
             raise ValueError(f"qbnorm is {self.qbnorm}: give a number of training clips, or 0 for none")
+        if self.rerank < 0:
+            raise ValueError(f"rerank is {self.rerank}: give a number of clips, or 0 for none")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class Search:
     """The sentence."""
     k: Annotated[int, arg(aliases=["-k"])] = 10
     """How many videos to show."""
+    rerank: bool = False
+    """Score the best 50 again, with tokens that are rebuilt with each other's help: for a model that reconstructs."""
     tracking: Tracking = None
     """MLflow store of the index's model (default: MLFLOW_TRACKING_URI, else the one that the index names)."""
 
@@ -90,7 +92,10 @@ class Search:
             raise ValueError(f"{refused.detail}: write what the video shows") from None
         answering = model_of(self.index, None, self.tracking)
         engine = Engine(answering.folder, answering.tracking, self.index)
-        answer = engine.find(engine.encode([text])[0], Page(self.k))
+        try:
+            answer = engine.find(engine.encode([text])[0], Page(self.k, rerank=self.rerank))
+        except Refused as refused:
+            raise ValueError(refused.detail) from None
         for rank, found in enumerate(answer["results"], 1):
             first, last = found["moment"]
             print(

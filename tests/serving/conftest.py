@@ -10,7 +10,7 @@ import torch
 
 from hbi.commands.corpora import Corpus, Shard
 from hbi.commands.search import BuildIndex
-from hbi.model.config import AnswerConfig, CaptionConfig, ModelConfig, TowerConfig
+from hbi.model.config import AnswerConfig, CaptionConfig, ModelConfig, ReconstructionConfig, TowerConfig
 from hbi.model.tokenizer import train_tokenizer
 from hbi.model.weights import build_model, save_model
 from hbi.pipelines.sharding.settings import ShardSettings
@@ -28,7 +28,11 @@ CLIPS = 16
 def make_model(folder: Path, seed: int) -> str:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(["the red square moves left then the blue star grows"] * 4, 300)
-    heads = {"answers": AnswerConfig(head="open"), "captions": CaptionConfig(layers=1, words=8)}
+    heads = {
+        "answers": AnswerConfig(head="open"),
+        "captions": CaptionConfig(layers=1, words=8),
+        "reconstruction": ReconstructionConfig("similarity"),
+    }
     model = build_model(ModelConfig(towers=TOWERS, words=20, frames=4, temporal_layers=1, **heads))
     model.vocabulary = KNOWN
     save_model(model, str(folder), tokenizer)

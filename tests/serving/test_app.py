@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+import hbi
 from hbi.commands.search import BuildIndex, Search
 from hbi.model.frames import from_jpegs
 from hbi.model.weights import load_model
@@ -26,6 +27,7 @@ from hbi.serving.engine import Engine, Page
 from hbi.serving.front import model_of, store_of
 from hbi.serving.index.build import show
 from hbi.serving.index.table import ClipTable
+from hbi.serving.refusal import Refused
 from hbi.serving.settings import IndexSettings
 from tests.serving.conftest import CLIPS, make_model
 from tests.support.asking import ask, form
@@ -161,6 +163,39 @@ def test_search_over_http_is_the_search_of_the_engine(chain: Path, address: str)
         ask(address, "POST", "/search", {"text": TEXT, "k": 2, "offset": o}).json["results"] for o in (0, 2)
     ]
     assert [r["id"] for page in pages for r in page] == [r["id"] for r in answer.json["results"][:4]]
+
+
+def test_reranking_scores_the_best_again_with_rebuilt_tokens(
+    chain: Path, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hbi.load(str(chain / "model"), device="cpu")
+    text = model.text_tokens([TEXT])
+    expected = {
+        path.stem: model.model.rerank(text, model.video_tokens([str(path)])).item()
+        for path in (chain / "corpus" / "videos").iterdir()
+    }
+    answer = ask(address, "POST", "/search", {"text": TEXT, "k": CLIPS, "rerank": True}).json["results"]
+    assert {found["id"]: found["score"] for found in answer} == pytest.approx(expected, abs=2e-2)
+    assert [found["score"] for found in answer] == sorted((f["score"] for f in answer), reverse=True)
+    plain = ask(address, "POST", "/search", {"text": TEXT, "k": CLIPS}).json["results"]
+    assert {f["id"]: f["score"] for f in plain} != pytest.approx(expected, abs=2e-2)
+    page = ask(address, "POST", "/search", {"text": TEXT, "k": 3, "offset": 2, "rerank": True}).json
+    assert [found["id"] for found in page["results"]] == [found["id"] for found in answer[2:5]]
+    assert page["more"]
+    refused = ask(address, "POST", "/search", {"like": "clip-000001", "rerank": True})
+    assert (refused.status, "rerank: scores a sentence" in refused.detail) == (422, True)
+    Search(str(chain / "index"), TEXT, 3, rerank=True).run()
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == [f["id"] for f in answer[:3]]
+    # What lies behind the best that are scored again follows as it was.
+    engine = Engine(str(chain / "model"), "", str(chain / "index"))
+    monkeypatch.setattr("hbi.serving.engine.RERANKED", 4)
+    sentence = engine.encode([TEXT])[0]
+    found = [each["id"] for each in engine.find(sentence, Page(CLIPS, rerank=True))["results"]]
+    first = [each["id"] for each in engine.find(sentence, Page(CLIPS))["results"]]
+    assert set(found[:4]) == set(first[:4]) and found[4:] == first[4:]
+    engine.model.model.reconstruction = None
+    with pytest.raises(Refused, match="reconstructs nothing to rerank by: train one with"):
+        engine.find(sentence, Page(3, rerank=True))
 
 
 def test_filters_and_examples(address: str) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,10 +17,12 @@ import torch.multiprocessing as mp
 from hbi.infra.mlflow import registry
 from hbi.infra.mlflow import store as stores
 from hbi.infra.mlflow.tracker import png
+from hbi.model.config import ReconstructionConfig
 from hbi.model.hbi import HBI
 from hbi.model.levels import LEVELS
 from hbi.model.metrics import retrieval_metrics
 from hbi.model.tokenizer import tokenize, train_tokenizer
+from hbi.model.tokens import Tokens
 from hbi.model.weights import load_model, save_model
 from hbi.pipelines.sample import Sample, ShardIndex, read_shard
 from hbi.serving.package import PACKAGE
@@ -145,6 +148,37 @@ def test_corrections_are_named(folder: Path, model: HBI, tokenizer: Any) -> None
     assert "test: 11 clips, 22 texts" in shown and "v2t+qbnorm" in shown and "1 clips were left out" in shown
 
 
+def test_reranking_orders_the_best_by_rebuilt_pairs(folder: Path, model: HBI, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    rebuilding = HBI(replace(model.config, reconstruction=ReconstructionConfig("similarity"))).eval()
+    rebuilding.load_state_dict(model.state_dict())
+    protocol = EvalProtocol(rerank=3)
+    encoder = SplitEncoder(
+        rebuilding,
+        tokenizer,
+        ShardIndex.read(str(folder / "shards")),
+        Process.current(torch.device("cpu")),
+        protocol,
+    )
+    found = evaluate(encoder, "test")
+    clips, scores = encoder.encode("test"), found.similarity
+    assert scores is not None
+    hits = 0
+    for row, owner in enumerate(clips.video_of_text.tolist()):
+        best = scores[row].argsort(descending=True)[:3].tolist()
+        words = Tokens(*(part[row : row + 1] for part in clips.text["entity"]))
+        again = [
+            rebuilding.rerank(words, Tokens(*(part[c : c + 1] for part in clips.video["entity"]))).item()
+            for c in best
+        ]
+        hits += best[int(np.argmax(again))] == owner
+    assert found.metrics["test/t2v+rerank/R@1"] == pytest.approx(100 * hits / len(scores))
+    assert found.metrics["test/t2v+rerank/R@50"] == 100.0
+    assert not any("v2t+rerank" in name for name in found.metrics)
+    with pytest.raises(ValueError, match="reconstructs nothing to rerank by"):
+        measured(model, tokenizer, str(folder / "shards"), "test", protocol)
+
+
 def rank_work(rank: int, world: int, folder: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -210,7 +244,7 @@ def test_refusals(tmp_path: Path, folder: Path, model: HBI, tokenizer: Any) -> N
         measured(model, tokenizer, index, "test")
     with pytest.raises(ValueError, match="made with frames 3"):
         measured(model, tokenizer, make_shards(tmp_path / "three", frames=3, val=[1]), "val")
-    for wrong in ({"level_weights": (0.0, 0.0, 0.0)}, {"batch": 0}, {"qbnorm": -1}):
+    for wrong in ({"level_weights": (0.0, 0.0, 0.0)}, {"batch": 0}, {"qbnorm": -1}, {"rerank": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvalProtocol(**wrong)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hbi.model.hbi import HBI
+from hbi.model.hbi import HBI, NO_RECONSTRUCTION
 from hbi.model.metrics import retrieval_metrics
 from hbi.model.tokens import Tokens
 from hbi.pipelines.sample import ShardIndex
@@ -23,7 +23,7 @@ from hbi.training.evaluate.answers import HeadResult, evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import EncodedSplit, NothingToMeasure, SplitEncoder, level_weights, share
 from hbi.training.evaluate.explanations import explanation_metrics
-from hbi.training.evaluate.score import score
+from hbi.training.evaluate.score import reranked, score
 from hbi.training.init import ModelSource, load_named
 from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
@@ -49,9 +49,11 @@ def evaluate(encoder: SplitEncoder, split: str, strict: bool = False) -> EvalRes
 
     Clips without captions are passed over and counted (`<split>/uncaptioned`), and so are clips that cannot be read
     (`<split>/unread`), unless `strict`: then ValueError says which shard is at fault. ValueError too if the split is
-    not there, or holds no captioned clip.
+    not there, or holds no captioned clip, or reranking is asked of a model that reconstructs nothing.
     """
     model, protocol, process = encoder.model, encoder.protocol, encoder.process
+    if protocol.rerank and model.reconstruction is None:  # on all ranks
+        raise ValueError(NO_RECONSTRUCTION)
     was_training = model.training
     model.eval()
     try:
@@ -68,6 +70,14 @@ def evaluate(encoder: SplitEncoder, split: str, strict: bool = False) -> EvalRes
     metrics: dict[str, float] = {}
     if scores is not None:
         found = retrieval_metrics(scores, clips.video_of_text.cpu(), **options)
+        if protocol.rerank:
+            again = reranked(model, clips.text, clips.video, scores, protocol.rerank)
+            ranked = retrieval_metrics(again, clips.video_of_text.cpu())
+            found |= {
+                name.replace("t2v/", "t2v+rerank/"): value
+                for name, value in ranked.items()
+                if name.startswith("t2v/")
+            }
         counts = {"texts": len(clips.video_of_text), "videos": len(clips.ids)}
         counts |= {"uncaptioned": clips.uncaptioned, "unread": clips.unread}
         metrics = {f"{split}/{name}": float(value) for name, value in (found | counts).items()}

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hbi.model.hbi import HBI
 from hbi.model.tokens import Tokens
 
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -51,6 +52,30 @@ def score(text: Tokens, video: Tokens, padding_is_zero: bool = False) -> Float[T
             best_of_frames = cosines.amax(1) * of_frames
             scores[rows, part] = (best_of_words.sum(1) + best_of_frames.sum(1)) / 2
     return scores
+
+
+def reranked(
+    model: HBI,
+    text: dict[str, Tokens],
+    video: dict[str, Tokens],
+    scores: Float[Tensor, "texts videos"],
+    best: int,
+) -> Float[Tensor, "texts videos"]:
+    """`scores` whose `best` highest of each text are those of `HBI.rerank`, lifted above all others.
+
+    text, video: entity tokens among them. ValueError where the model reconstructs nothing.
+    """
+    found = scores.clone()
+    words, frames = text["entity"], video["entity"]
+    for row in range(len(scores)):
+        columns = scores[row].topk(min(best, scores.shape[1])).indices
+        chosen = columns.to(frames.tokens.device)
+        again = model.rerank(
+            Tokens(*(part[row].expand(len(columns), *part.shape[1:]) for part in words)),
+            Tokens(*(part[chosen] for part in frames)),
+        ).cpu()
+        found[row, columns] = again + (scores[row].max() - again.min() + 1)
+    return found
 
 
 def _side(tokens: Tokens, padding_is_zero: bool) -> _Side:
