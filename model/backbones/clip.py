@@ -14,34 +14,41 @@ from hbi.model.config import TowerConfig
 from hbi.model.tokens import last_present
 
 
+def text_sizes(towers: TowerConfig) -> dict[str, Any]:
+    """What the text configurations of all families in `transformers` take."""
+    return {
+        "vocab_size": towers.vocab_size,
+        "hidden_size": towers.text_width,
+        "intermediate_size": towers.text_mlp or 4 * towers.text_width,
+        "num_hidden_layers": towers.text_layers,
+        "num_attention_heads": towers.text_heads,
+        "max_position_embeddings": towers.context,
+        "hidden_act": towers.activation,
+        "layer_norm_eps": towers.norm_eps,
+        # Positions and masks come from us: these are never looked at, but must lie inside the vocabulary.
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def vision_sizes(towers: TowerConfig) -> dict[str, Any]:
+    """What the vision configurations of all families in `transformers` take."""
+    return {
+        "hidden_size": towers.vision_width,
+        "intermediate_size": towers.vision_mlp or 4 * towers.vision_width,
+        "num_hidden_layers": towers.vision_layers,
+        "num_attention_heads": towers.vision_heads,
+        "patch_size": towers.patch_size,
+        "hidden_act": towers.activation,
+        "layer_norm_eps": towers.norm_eps,
+    }
+
+
 def clip_config(towers: TowerConfig) -> CLIPConfig:
     """The configuration of `transformers` for towers of these sizes; attention through SDPA."""
-    text = CLIPTextConfig(
-        vocab_size=towers.vocab_size,
-        hidden_size=towers.text_width,
-        intermediate_size=towers.text_mlp or 4 * towers.text_width,
-        projection_dim=towers.dim,
-        num_hidden_layers=towers.text_layers,
-        num_attention_heads=towers.text_heads,
-        max_position_embeddings=towers.context,
-        hidden_act=towers.activation,
-        layer_norm_eps=towers.norm_eps,
-        # Positions and masks come from us: these are never looked at, but must lie inside the vocabulary.
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=towers.vision_width,
-        intermediate_size=towers.vision_mlp or 4 * towers.vision_width,
-        projection_dim=towers.dim,
-        num_hidden_layers=towers.vision_layers,
-        num_attention_heads=towers.vision_heads,
-        image_size=towers.image_size,
-        patch_size=towers.patch_size,
-        hidden_act=towers.activation,
-        layer_norm_eps=towers.norm_eps,
-    )
+    text = CLIPTextConfig(**text_sizes(towers), projection_dim=towers.dim)
+    vision = CLIPVisionConfig(**vision_sizes(towers), projection_dim=towers.dim, image_size=towers.image_size)
     return CLIPConfig(
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),

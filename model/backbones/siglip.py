@@ -22,37 +22,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from hbi.model.backbones.clip import require_size, run_layers
+from hbi.model.backbones.clip import require_size, run_layers, text_sizes, vision_sizes
 from hbi.model.config import TowerConfig
 
 
 def siglip_config(towers: TowerConfig) -> SiglipConfig | Siglip2Config:
     """The configuration of `transformers` for towers of these sizes; attention through SDPA."""
     of_text = SiglipTextConfig if towers.family == "siglip" else Siglip2TextConfig
-    text = of_text(
-        vocab_size=towers.vocab_size,
-        hidden_size=towers.text_width,
-        intermediate_size=towers.text_mlp or 4 * towers.text_width,
-        num_hidden_layers=towers.text_layers,
-        num_attention_heads=towers.text_heads,
-        max_position_embeddings=towers.context,
-        hidden_act=towers.activation,
-        layer_norm_eps=towers.norm_eps,
-        projection_size=towers.dim,
-        # Never looked at, but must lie inside the vocabulary.
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    vision: dict[str, Any] = {
-        "hidden_size": towers.vision_width,
-        "intermediate_size": towers.vision_mlp or 4 * towers.vision_width,
-        "num_hidden_layers": towers.vision_layers,
-        "num_attention_heads": towers.vision_heads,
-        "patch_size": towers.patch_size,
-        "hidden_act": towers.activation,
-        "layer_norm_eps": towers.norm_eps,
-    }
+    text = of_text(**text_sizes(towers), projection_size=towers.dim)
+    vision = vision_sizes(towers)
     attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     if towers.family == "siglip":
         of_vision = SiglipVisionConfig(**vision, image_size=towers.image_size)

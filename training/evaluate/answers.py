@@ -62,13 +62,7 @@ def evaluate_answers(
                 said = {"answer": model.vocabulary[best], "truth": entry["answer"], "type": kind}
                 rows.append({"id": sample.id, "question": entry["question"], **said})
     model.train(was_training)
-    everyone = process.gather_objects((rows, reasons))
-    rows = [row for part, _ in everyone for row in part]
-    reasons = [reason for _, part in everyone for reason in part]
-    if strict and reasons:
-        raise ValueError(
-            f"{encoder.index.folder}: {len(reasons)} clips of {split} cannot be read ({reasons[0]})"
-        )
+    rows = encoder.collected(rows, reasons, split, strict)
     if not rows:
         raise NothingToMeasure(
             f"{encoder.index.folder}: no clip of split {split!r} has a question: nothing to answer"

@@ -36,13 +36,7 @@ def evaluate_captions(
             for (sample, _), caption in zip(told, detokenize(encoder.tokenizer, ids), strict=True):
                 written.append((sample.id, caption, [text for text in sample.captions if text.strip()]))
     model.train(was_training)
-    everyone = process.gather_objects((written, reasons))
-    written = [row for part, _ in everyone for row in part]
-    reasons = [reason for _, part in everyone for reason in part]
-    if strict and reasons:
-        raise ValueError(
-            f"{encoder.index.folder}: {len(reasons)} clips of {split} cannot be read ({reasons[0]})"
-        )
+    written = encoder.collected(written, reasons, split, strict)
     if not written:
         raise NothingToMeasure(
             f"{encoder.index.folder}: no clip of split {split!r} has a caption: nothing to compare with"

@@ -120,6 +120,17 @@ class SplitEncoder:
             mask[i, : len(frames)] = True
         return torch.from_numpy(video).to(device), mask.to(device)
 
+    def collected(self, rows: list[T], reasons: list[str], split: str, strict: bool) -> list[T]:
+        """The rows of all ranks, in the order of ranks. reasons: why clips of this rank could not be read; with
+        `strict` ValueError where there are any."""
+        everyone = self.process.gather_objects((rows, reasons))
+        unread = [reason for _, part in everyone for reason in part]
+        if strict and unread:
+            raise ValueError(
+                f"{self.index.folder}: {len(unread)} clips of {split} cannot be read ({unread[0]})"
+            )
+        return [row for part, _ in everyone for row in part]
+
     def _videos(self, images: list[UInt8[np.ndarray, "frames h w 3"]]) -> dict[str, Tokens]:
         video, mask = self.padded(images)
         frames = self.model.encode_video(video, mask)
