@@ -315,6 +315,9 @@ class LossSettings:
     divided by B, and compares cosines without the logit scale, in whose square it grows: the published strength is
     2 / (B scale^2), here for 128 pairs and a scale of 100. A weight of 2 pulls at the encoders harder than the contrast
     does, and against it."""
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax`: a text is told from the batch's other videos, and a video from its texts. `sigmoid`: each pair is told
+    by itself to match or not, with the bias of SigLIP's towers, whose own loss that is."""
     objective: Literal["exact", "published"] = "exact"
     """`exact`: the loss as described. `published`: as the published code computes it, faults included."""
     target: Literal["exact", "estimator"] = "exact"
@@ -328,6 +331,10 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.objective not in ("exact", "published"):
             raise ValueError(f"LossSettings.objective is {self.objective!r}, must be exact or published")
+        if self.contrast not in ("softmax", "sigmoid"):
+            raise ValueError(f"LossSettings.contrast is {self.contrast!r}, must be softmax or sigmoid")
+        if self.contrast == "sigmoid" and self.objective == "published":
+            raise ValueError("LossSettings.contrast is 'sigmoid', must be softmax in the published objective")
         if self.target not in ("exact", "estimator"):
             raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
         if self.chunk is not None and self.chunk < 1:

@@ -47,6 +47,8 @@ class Encoded(NamedTuple):
     players: dict[str, Float[Tensor, "batch words frames"]] = {}  # noqa: RUF012 (nobody writes to it)
     """The similarities of the rebuilt words and frames that play each pair's game, where the model reconstructs, with
     no gradient; else empty: the tokens play as they are."""
+    logit_bias: Float[Tensor, ""] | None = None
+    """What is added to them before a sigmoid, with SigLIP's towers."""
 
 
 class HeadInputs(NamedTuple):
@@ -141,6 +143,14 @@ class HBI(nn.Module):
         """Keep CLIP's scale at 100 at most; to be called after each step of the optimiser. SigLIP's is free."""
         if self.logit_bias is None:
             self.logit_scale.clamp_(max=log(LARGEST_LOGIT_SCALE))
+
+    def learn_bias(self) -> None:
+        """Let the bias of SigLIP's towers be trained; ValueError where the towers have none."""
+        if self.logit_bias is None:
+            raise ValueError(
+                "LossSettings.contrast is 'sigmoid', but CLIP's towers have no bias: take SigLIP's, or softmax"
+            )
+        self.logit_bias.requires_grad_(True)
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the towers that a backbone brings: those with the small learning rate."""
@@ -383,4 +393,5 @@ class HBI(nn.Module):
                 estimated = self.interactions(dict.fromkeys(text, self.estimator), words, frames)
             if self.reconstruction is not None:
                 players = {level: pair_similarity(words[level], frames[level]) for level in text}
-        return Encoded(text, video, predicted, self.logit_scale.exp(), estimated, players)
+        bias = None if self.logit_bias is None else self.logit_bias + 0  # DDP looks for it in a graph
+        return Encoded(text, video, predicted, self.logit_scale.exp(), estimated, players, bias)

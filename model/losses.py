@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, softplus
 
 from hbi.model.banzhaf import exact_interaction
 from hbi.model.config import LossSettings
@@ -17,6 +17,16 @@ QUADRATURE_NODES = 128
 def contrastive_loss(logits: Float[Tensor, "rows candidates"], first: int = 0) -> Float[Tensor, ""]:
     """Sum over the rows r of -log softmax(logits[r])[first + r]: row r belongs to candidate first + r."""
     return -logits.log_softmax(-1).diagonal(first).sum()
+
+
+def sigmoid_loss(logits: Float[Tensor, "rows candidates"], first: int = 0) -> Float[Tensor, ""]:
+    """Sum over all pairs of -log sigmoid(logit) where row r meets candidate first + r, -log sigmoid(-logit) elsewhere.
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023; there divided by the number of texts.
+    """
+    matches = torch.zeros_like(logits)
+    matches.diagonal(first).fill_(1.0)
+    return softplus((1 - 2 * matches) * logits).sum()
 
 
 def alignment_loss(
@@ -85,7 +95,8 @@ def hbi_loss(
                + distillation * sum over action, event
 
         contrastive   1/2 the mean cross entropy of texts to videos + 1/2 that of videos to texts, at
-                      logit_scale * similarity
+                      logit_scale * similarity; or, with contrast "sigmoid", the mean over texts of `sigmoid_loss` at
+                      logit_scale * similarity + logit_bias
         alignment     mean over pairs of `alignment_loss`
         distillation  mean over texts, plus mean over videos, of KL(entity level || this level) at the same logits
 
@@ -117,7 +128,11 @@ def _exact_loss(
             of_videos = of_texts.T
         else:
             of_videos = local.logit_scale * weighted_similarity(pool.text[level], video, settings.chunk).T
-        contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
+        if settings.contrast == "softmax":
+            contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
+        else:
+            assert local.logit_bias is not None, "the model learns no bias"
+            contrast = sigmoid_loss(of_texts + local.logit_bias, first)
         losses[f"contrastive/{level}"] = contrast / batch
         total = total + settings.learned[level] * losses[f"contrastive/{level}"]
         if settings.interaction:

@@ -128,18 +128,22 @@ def detach_tokens(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
         part.detach().float().requires_grad_() if id(part) in differentiable else part
         for part in _parts(encoded)
     ]
-    detached = _assemble(encoded, parts)._replace(
-        logit_scale=encoded.logit_scale.detach().float().requires_grad_()
-    )
+    scale, *bias = [scalar.detach().float().requires_grad_() for scalar in _scalars(encoded)]
+    detached = _assemble(encoded, parts)._replace(logit_scale=scale, logit_bias=bias[0] if bias else None)
     return detached, tensors_of(detached)
 
 
+def _scalars(encoded: Encoded) -> list[Tensor]:
+    """The logit scale, and the bias where there is one."""
+    return [scalar for scalar in (encoded.logit_scale, encoded.logit_bias) if scalar is not None]
+
+
 def tensors_of(encoded: Encoded) -> list[Tensor]:
-    """The tensors of `encoded` that a gradient goes into: those of each clip, then the logit scale."""
+    """The tensors of `encoded` that a gradient goes into: those of each clip, then the scalars."""
     sides = [
         part for side in (encoded.text, encoded.video) for tokens in side.values() for part in tokens[:2]
     ]
-    return [*sides, *encoded.predicted.values(), encoded.logit_scale]
+    return [*sides, *encoded.predicted.values(), *_scalars(encoded)]
 
 
 def backward(
@@ -161,13 +165,14 @@ def backward(
     detached, leaves = detach_tokens(join(encoded))
     losses = contrast(detached, settings, group)
     losses["loss"].backward()
-    *gradients, of_scale = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    shares = zip(*(gradient.tensor_split(len(micro_batches)) for gradient in gradients), strict=True)
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    of_clips, of_scalars = gradients[: -len(_scalars(detached))], gradients[-len(_scalars(detached)) :]
+    shares = zip(*(gradient.tensor_split(len(micro_batches)) for gradient in of_clips), strict=True)
     for number, (micro_batch, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
-        last = number == len(micro_batches)  # ranks average once, and the scale counts once
+        last = number == len(micro_batches)  # ranks average once, and the scalars count once
         with averaging(last):
             tensors = tensors_of(encoded[0] if len(micro_batches) == 1 else encode(micro_batch))
-            into = zip(tensors, [*share, of_scale if last else of_scale * 0], strict=True)
+            into = zip(tensors, [*share, *(each * last for each in of_scalars)], strict=True)
             wanted = [
                 (tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad
             ]

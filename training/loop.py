@@ -77,6 +77,8 @@ class Training:
         check_shards(index, config.model, config.model_flags)
         if "qa" in config.task:
             self.model.vocabulary = config.heads.vocabulary
+        if config.loss.contrast == "sigmoid":
+            self.model.learn_bias()
         if config.estimator:
             self.model.estimator = load_estimator(config.estimator)
         self.tokenizer, self.checkpoints, self.hooks = tokenizer, checkpoints, hooks

@@ -3,6 +3,10 @@ frame as one token in the joint space.
 
 Unlike CLIP, a text is always as long as the tower's context: it is filled up with padding that every word sees, since
 that is how it was trained, and the sentence is read at the last position, which for most texts is padding.
+
+The library's processor squashes a picture to the square; frames here keep their proportions and lose what lies beside
+the centre, as for CLIP. Shards hold frames, are made before a backbone is chosen and serve all of them. Given the same
+pixels, features are the library's.
 """
 
 from typing import Any

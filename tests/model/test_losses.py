@@ -1,6 +1,7 @@
 """The losses: each against plain loops, their shares over ranks, their settings."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hbi.model.losses import (
     hbi_loss,
     interaction_targets,
     published_loss,
+    sigmoid_loss,
 )
 from hbi.model.similarity import pair_similarity, weighted_similarity
 from hbi.model.tokens import Tokens
@@ -73,6 +75,35 @@ def test_contrastive_is_the_cross_entropy_of_its_rows() -> None:
     logits = torch.randn(3, 7, dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 3, 4]), reduction="sum")
     assert contrastive_loss(logits, first=2).item() == pytest.approx(expected.item())
+
+
+def test_sigmoid_tells_each_pair_by_itself() -> None:
+    logits = torch.randn(3, 7, dtype=torch.float64)
+    expected = 0.0
+    for row in range(3):
+        for candidate in range(7):
+            sign = 1 if candidate == row + 2 else -1
+            expected -= math.log(1 / (1 + math.exp(-sign * logits[row, candidate].item())))
+    assert sigmoid_loss(logits, first=2).item() == pytest.approx(expected)
+    far = torch.tensor([[-2000.0, 2000.0]], dtype=torch.float64)
+    assert sigmoid_loss(far).item() == 4000.0
+
+
+def test_sigmoid_contrast_is_siglips_loss() -> None:
+    """Per level, over the batch's pairs, divided by the texts, as `transformers` has it; on all ranks' shares too."""
+    whole = encoded(5)._replace(logit_bias=torch.tensor(-3.0, dtype=torch.float64))
+    settings = LossSettings(interaction=0.0, distillation=0.0, contrast="sigmoid")
+    losses = hbi_loss(whole, whole, 0, settings, 5)
+    for level in ("entity", "action", "event"):
+        logits = whole.logit_scale * weighted_similarity(whole.text[level], whole.video[level]) - 3.0
+        eye = torch.eye(5, dtype=torch.float64)
+        theirs = -torch.nn.functional.logsigmoid((2 * eye - 1) * logits).sum(-1).mean()
+        assert losses[f"contrastive/{level}"].item() == pytest.approx(theirs.item())
+    parts = [
+        hbi_loss(rows(whole, a, b)._replace(logit_bias=whole.logit_bias), whole, a, settings, 5)["loss"]
+        for a, b in ((0, 2), (2, 5))
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(losses["loss"].item())
 
 
 def test_alignment_is_its_formula() -> None:

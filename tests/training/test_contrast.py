@@ -37,13 +37,20 @@ CASES = {
     "one rank without a clip": ([5, 0, 2], LossSettings(interaction=1.0, distillation=2.0), 1),
     "chunked": ([2, 3, 3], LossSettings(interaction=1.0, distillation=2.0, chunk=2), 1),
     "in pieces": ([3, 1, 2, 2], LossSettings(interaction=1.0, distillation=2.0), 2),
+    "sigmoid": ([2, 0, 3], LossSettings(interaction=1.0, distillation=2.0, contrast="sigmoid"), 1),
+    "sigmoid in pieces": ([4, 1], LossSettings(contrast="sigmoid"), 2),
     "published": ([2, 3, 1, 2], LossSettings(interaction=1.0, distillation=2.0, objective="published"), 1),
 }
 
 
-def fresh_model() -> HBI:
+def fresh_model(settings: LossSettings | None = None) -> HBI:
     torch.manual_seed(0)
-    return HBI(tiny_model(estimator=True))
+    config = tiny_model(estimator=True)
+    if settings is None or settings.contrast == "softmax":
+        return HBI(config)
+    model = HBI(replace(config, towers=replace(config.towers, family="siglip")))
+    model.learn_bias()
+    return model
 
 
 def global_batch(clips: int) -> tuple[Tensor, ...]:
@@ -79,7 +86,7 @@ def run_cases(rank: int, folder: str) -> None:
         if rank >= len(sizes):
             continue
         group = groups[len(sizes)]
-        model = fresh_model()
+        model = fresh_model(settings)
         wrapped = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
         batch = tuple(tensor.split(sizes)[rank] for tensor in global_batch(sum(sizes)))
         results[name] = learn(model, wrapped, batch, settings, pieces, group)
@@ -127,12 +134,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_give_the_loss_and_gradient_of_one_process(results: list[dict], name: str) -> None:
     sizes, settings, _ = CASES[name]
-    model = fresh_model()
+    model = fresh_model(settings)
     # The reference is the plain way: one graph, the whole batch, nothing cut, nothing chunked.
     encoded = model(*global_batch(sum(sizes)))
     losses = contrast(encoded, replace(settings, chunk=None))
     losses["loss"].backward()
     expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert ("logit_bias" in expected) == (settings.contrast == "sigmoid")
     for rank in range(len(sizes)):
         ranked_losses, gradients = results[rank][name]
         for key, loss in losses.items():

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.config import LossSettings, ModelConfig, TowerConfig
+from hbi.model.hbi import HBI
+from tests.support.training_shards import tiny_model
+
+
+def test_contrasts_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="must be softmax in the published objective"):
+        LossSettings(contrast="sigmoid", objective="published")
+    with pytest.raises(ValueError, match="CLIP's towers have no bias: take SigLIP's, or softmax"):
+        HBI(tiny_model()).learn_bias()
 
 
 def test_round_trip_through_json() -> None:

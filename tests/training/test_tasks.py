@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hbi.infra.mlflow.tracker import Tracker
 from hbi.model.config import AnswerConfig, CaptionConfig, ReconstructionConfig
-from hbi.model.weights import build_model, load_model
+from hbi.model.weights import build_model, load_model, save_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import TRAINED, refuse_seen_tests, training_answers, with_vocabulary
 from hbi.training.data.batch import Batch
@@ -24,8 +24,9 @@ from hbi.training.data.order import LoaderState
 from hbi.training.evaluate.answers import evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import SplitEncoder
+from hbi.training.evaluate.retrieval import evaluate, evaluate_named
 from hbi.training.evaluate.table import table
-from hbi.training.init import init_model, with_init
+from hbi.training.init import ModelSource, init_model, with_init
 from hbi.training.loop import Hooks, TrainingAborted
 from hbi.training.parallel import Process
 from hbi.training.settings import HeadSettings, TrainConfig
@@ -346,6 +347,29 @@ def test_answers_and_captions_one_by_one(shards: Path, tmp_path: Path) -> None:
     assert [row["caption"] for row in captions.rows] == expected_captions
     right = sum(row["answer"] == row["truth"] for row in answers.rows)
     assert answers.metrics["val/qa/accuracy"] == pytest.approx(100 * right / 12)
+
+
+@pytest.mark.parametrize("heads", [(), ("qa",), ("caption",), ("qa", "caption")])
+def test_the_command_measures_what_a_model_has_heads_for(
+    heads: tuple[str, ...], shards: Path, tmp_path: Path
+) -> None:
+    config = resolved(both_heads(), shards, tmp_path)
+    chosen = {"qa": {"answers": config.model.answers}, "caption": {"captions": config.model.captions}}
+    model = build_model(tiny_model(**{k: v for head in heads for k, v in chosen[head].items()})).eval()
+    if "qa" in heads:
+        model.vocabulary = config.heads.vocabulary
+    tokenizer = tokenizer_of(config, str(tmp_path))
+    save_model(model, tmp_path / "model", tokenizer)
+    found = evaluate_named(ModelSource(str(tmp_path / "model")), str(shards), "val", device="cpu")
+    encoder = SplitEncoder(model, tokenizer, ShardIndex.read(str(shards)), Process.current())
+    expected = evaluate(encoder, "val").metrics
+    if "qa" in heads:
+        expected |= evaluate_answers(encoder, "val", list(training_answers(encoder.index, "train"))).metrics
+    if "caption" in heads:
+        expected |= evaluate_captions(encoder, "val").metrics
+    assert found == pytest.approx(expected)
+    assert any(name.startswith("val/qa/") for name in found) == ("qa" in heads)
+    assert any(name.startswith("val/caption/") for name in found) == ("caption" in heads)
 
 
 def test_nothing_to_measure_is_one_line(tmp_path: Path) -> None:
