@@ -274,6 +274,22 @@ def _of_length(content: bytes, start: int, length: int) -> bytes:
     return content
 
 
+def has_ranges(path: str) -> bool:
+    """Whether a part of a file can be read without the rest: of the web, where the server says so."""
+    if path[:4].lower() != "http":
+        return True
+    from fsspec.asyn import sync
+
+    remote: Any = filesystem(path)
+
+    async def accepted() -> bool:
+        session = await remote.set_session()
+        async with session.head(path, allow_redirects=True) as answer:
+            return answer.headers.get("Accept-Ranges") == "bytes" and "Content-Length" in answer.headers
+
+    return _persist(path, lambda: sync(remote.loop, accepted))
+
+
 def read_bytes(path: str) -> bytes:
     """The whole of a file; FileNotFoundError if there is none."""
     with open_file(path) as stream:

@@ -16,6 +16,7 @@ from hbi.model.frames import FrameSettings, sample_indices
 from hbi.pipelines.decoding import decord, pyav
 from hbi.pipelines.decoding.container import DecodeError, failed, stated_rate
 from hbi.pipelines.decoding.film import Film
+from hbi.pipelines.decoding.index import IndexDistrusted
 from hbi.pipelines.decoding.picture import Picture
 from hbi.pipelines.decoding.timeline import Timeline
 
@@ -87,44 +88,65 @@ def decode_clip(
     decord is used only where its answer is PyAV's. `trying` is told the decoder before each attempt. A file can hang
     or kill the process: `Decoder` contains that.
     """
-    import av
-
     if start is not None and end is not None and not start < end:
         raise DecodeError(f"the clip ends ({end:g} s) before it starts ({start:g} s)")
     with film_of(data) as film:
-        stream, timeline = film.stream, film.timeline
-        error: DecodeError | None = None
-        for name in dict.fromkeys((*decoders, "pyav") if "decord" in decoders else decoders):
-            if name == "decord" and not decord.is_right(film):
-                continue
-            trying(name)
-            wanted = Wanted(settings, start, end)
-            picture = Picture.of_stream(settings.size, stream)
-            try:
-                found = (decord if name == "decord" else pyav).chosen_frames(film, wanted, picture)
-            except DecodeError as reason:
-                error = reason
-            except (av.FFmpegError, OSError) as reason:
-                error = failed(reason)
-            else:
-                times, chosen, notes = found
-                fps, duration = rate_and_length(stream, times, timeline)
-                return Clip(
-                    timestamps=[round(time, 6) for time in times[chosen].tolist()],
-                    fps=round(fps, 6),
-                    duration=round(duration, 6),
-                    width=picture.width,
-                    height=picture.height,
-                    start=max(0.0, start or 0.0),
-                    end=round(duration, 6) if end is None else min(float(end), round(duration, 6)),
-                    decoder=name,
-                    truncated=timeline is not None and timeline.truncated,
-                    picture=picture.done,
-                    timing=notes + [STOOD] * wanted.stood,
-                    frames=picture.frames,
-                )
-        assert error is not None
-        raise error
+        if "decord" in decoders and film.by_index:
+            film.distrust(IndexDistrusted("decord reads all of it"))
+        try:
+            return _clip_of(film.part(start, end), settings, start, end, decoders, trying)
+        except IndexDistrusted as reason:
+            film.note_whole(reason)
+            if film.lists_packets:
+                film.distrust(reason)
+        return _clip_of(film, settings, start, end, decoders, trying)
+
+
+def _clip_of(
+    film: Film,
+    settings: FrameSettings,
+    start: float | None,
+    end: float | None,
+    decoders: tuple[str, ...],
+    trying: Callable[[str], None],
+) -> Clip:
+    """What `decode_clip` says; IndexDistrusted where a part of the film is not enough for it."""
+    import av
+
+    stream, timeline = film.stream, film.timeline
+    error: DecodeError | None = None
+    for name in dict.fromkeys((*decoders, "pyav") if "decord" in decoders else decoders):
+        if name == "decord" and not decord.is_right(film):
+            continue
+        trying(name)
+        wanted = Wanted(settings, start, end, timeline.span if timeline else None)
+        picture = Picture.of_stream(settings.size, stream)
+        try:
+            found = (decord if name == "decord" else pyav).chosen_frames(film, wanted, picture)
+        except DecodeError as reason:
+            error = reason
+        except (av.FFmpegError, OSError) as reason:
+            error = failed(reason)
+        else:
+            times, chosen, notes = found
+            fps, duration = rate_and_length(stream, times, timeline)
+            length = round(duration, 6)
+            return Clip(
+                timestamps=[round(time, 6) for time in times[chosen].tolist()],
+                fps=round(fps, 6),
+                duration=length,
+                width=picture.width,
+                height=picture.height,
+                start=max(0.0, start or 0.0),
+                end=length if end is None else min(float(end), length),
+                decoder=name,
+                truncated=timeline is not None and timeline.truncated,
+                picture=picture.done,
+                timing=notes + [STOOD] * wanted.stood,
+                frames=picture.frames,
+            )
+    assert error is not None
+    raise error
 
 
 @contextmanager
@@ -141,10 +163,16 @@ def film_of(data: bytes | Path | str | Film) -> Iterator[Film]:
 
 
 class Wanted:
-    """Which frames of a clip are wanted, given the times of all frames."""
+    """Which frames of a clip are wanted, given the times of all frames, or of those around it and `span`."""
 
-    def __init__(self, settings: FrameSettings, start: float | None, end: float | None) -> None:
-        self.settings, self.start, self.end = settings, start, end
+    def __init__(
+        self,
+        settings: FrameSettings,
+        start: float | None,
+        end: float | None,
+        span: tuple[float, float] | None = None,
+    ) -> None:
+        self.settings, self.start, self.end, self.span = settings, start, end, span
         self.stood = False
         """Whether no frame begins inside the clip, and the one that stood there is taken."""
 
@@ -159,9 +187,10 @@ class Wanted:
             self.stood = True
             return np.array([before])
         until = "the end" if self.end is None else f"{self.end:g} s"
+        first, last = self.span or (times[0], times[-1])
         raise DecodeError(
-            f"no frame between {start:g} s and {until}: the video's frames lie between {times[0]:.2f} s "
-            f"and {times[-1]:.2f} s"
+            f"no frame between {start:g} s and {until}: the video's frames lie between {first:.2f} s "
+            f"and {last:.2f} s"
         )
 
 
@@ -182,7 +211,8 @@ def rate_and_length(
     counted = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else 0.0
     fps = (timeline.rate if timeline else 0.0) or stated_rate(stream, near=counted) or counted
     tail = timeline.tail if timeline else 0.0
-    end = float(times[-1]) + (tail if 0 < tail < 10 else 1 / fps if fps else 0.0)
+    last = timeline.span[1] if timeline and timeline.span else float(times[-1])
+    end = last + (tail if 0 < tail < 10 else 1 / fps if fps else 0.0)
     # The file may be longer than its pictures (sound goes on), by as much as is believable.
     length = timeline.length if timeline else 0.0
-    return fps, length if times[-1] < length <= 2 * end + 1 else end
+    return fps, length if last < length <= 2 * end + 1 else end

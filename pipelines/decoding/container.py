@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from hbi.pipelines.decoding.filetype import refusal, why_unreadable
+from hbi.pipelines.decoding.pieces import Pieces
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -37,10 +38,13 @@ def failed(error: BaseException) -> DecodeError:
 
 
 @contextmanager
-def video_file(data: bytes | Path | str) -> Iterator[BinaryIO]:
-    """A video's bytes, or the file at a path, to read from; DecodeError for what is no regular file."""
+def video_file(data: bytes | Path | str | Pieces) -> Iterator[BinaryIO]:
+    """A video's bytes, its pieces, or the file at a path, to read from; DecodeError for what is no regular file."""
     if isinstance(data, bytes):
         yield io.BytesIO(data)
+        return
+    if isinstance(data, Pieces):
+        yield cast("BinaryIO", data.stream())
         return
     try:
         mode = Path(data).stat().st_mode
@@ -66,8 +70,11 @@ FORMATS = (
 
 
 @contextmanager
-def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
-    """The container and its best video stream; DecodeError where there is none. `source` stays open."""
+def opened(source: BinaryIO, parsed: bool = True) -> "Iterator[tuple[InputContainer, VideoStream]]":
+    """The container and its best video stream; DecodeError where there is none. `source` stays open.
+
+    parsed: whether packets are looked into (some files call what is none a keyframe).
+    """
     import av
 
     source.seek(0, io.SEEK_END)
@@ -81,6 +88,8 @@ def opened(source: BinaryIO) -> "Iterator[tuple[InputContainer, VideoStream]]":
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none", "fpsprobesize": "0"}
     if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3"):
         options["analyzeduration"] = "1"  # mp4 and Matroska say what is in them: decode nothing to find out
+    if not parsed:
+        options["fflags"] = "noparse"
     try:
         container = av.open(source, options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:

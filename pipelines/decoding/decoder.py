@@ -29,6 +29,7 @@ import numpy as np
 from hbi.infra.project import ROOT
 from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.clip import DECODERS, Clip, DecodeError, VideoInfo
+from hbi.pipelines.decoding.pieces import MOST_BYTES, RemoteVideo, WholeWanted
 from hbi.pipelines.decoding.worker import HEADER, MIB, serve
 
 START_SECONDS = 60.0
@@ -78,10 +79,14 @@ class Decoder:
         chosen = settings.get("decoder", DECODERS[0])
         return cls(frames, quality=settings["jpeg_quality"], decoder=chosen, **limits)
 
-    def decode(self, data: bytes | Path | str, start: float | None = None, end: float | None = None) -> Clip:
+    def decode(
+        self, data: bytes | Path | str | RemoteVideo, start: float | None = None, end: float | None = None
+    ) -> Clip:
         """The chosen frames of start <= time < end; DecodeError with a reason for people.
 
-        data: the file's bytes, or its path (cheaper: only the worker reads it).
+        data: the file's bytes, its path (cheaper: only the worker reads it), or a video in storage, of which only
+        what the clip needs is fetched: WholeWanted with the reason where the file is wanted, and whatever its `read`
+        raises.
         """
         reply, blobs = self._ask("decode", data, start=start, end=end)
         clip = Clip(**reply)
@@ -116,14 +121,25 @@ class Decoder:
         with contextlib.suppress(Exception):
             self.close()
 
-    def _ask(self, task: str, data: bytes | Path | str, **asked: Any) -> tuple[dict[str, Any], list[bytes]]:
+    def _ask(
+        self, task: str, data: bytes | Path | str | RemoteVideo, **asked: Any
+    ) -> tuple[dict[str, Any], list[bytes]]:
         """Sends a task to the worker. If decord ends the worker, PyAV gets what is left of the time."""
         deadline = time.monotonic() + self.clip_timeout
-        request = {"task": task, "path": None, "decoders": self.decoders, "quality": self.quality} | asked
+        request = {
+            "task": task,
+            "path": None,
+            "remote": None,
+            "decoders": self.decoders,
+            "quality": self.quality,
+        } | asked
         request["settings"] = asdict(self.settings)
-        payload = b""
+        payload: bytes | RemoteVideo = b""
         if isinstance(data, bytes):
             payload = data
+        elif isinstance(data, RemoteVideo):
+            payload = data
+            request["remote"] = [data.uri, data.size]
         else:
             request["path"] = os.fspath(data)
         try:
@@ -140,7 +156,7 @@ class Decoder:
                 self.close()
 
     def _exchange(
-        self, request: dict[str, Any], payload: bytes, deadline: float
+        self, request: dict[str, Any], payload: bytes | RemoteVideo, deadline: float
     ) -> tuple[dict[str, Any], list[bytes]]:
         if self._worker is None or not self._worker.alive:
             self._worker = DecodeWorker(self.clip_memory)
@@ -190,13 +206,21 @@ class DecodeWorker:
         return self.resident() > self.idle + min(LEAK, self.memory // 2)
 
     def exchange(
-        self, request: dict[str, Any], payload: bytes, deadline: float, timeout: float
+        self, request: dict[str, Any], payload: bytes | RemoteVideo, deadline: float, timeout: float
     ) -> tuple[dict[str, Any], list[bytes]]:
         """One task and its answer; DecodeError if the worker says so, _Ended if it is no more."""
         text = json.dumps(request).encode()
         self.trying = ""
-        reply, body = self._talk(HEADER.pack(len(text), len(payload)) + text, payload, deadline, timeout)
+        remote = payload if isinstance(payload, RemoteVideo) else None
+        content = payload if isinstance(payload, bytes) else b""
+        reply, body = self._talk(HEADER.pack(len(text), len(content)) + text, content, deadline, timeout)
+        while "piece" in reply:
+            content, waited = self._piece(remote, reply["piece"])
+            deadline += waited
+            reply, body = self._talk(HEADER.pack(0, len(content)), content, deadline, timeout)
         self.done += 1
+        if "whole" in reply:
+            raise WholeWanted(reply["whole"])
         if "error" in reply:
             if reply.get("fatal"):
                 self.end()
@@ -206,6 +230,18 @@ class DecodeWorker:
             blobs.append(body[offset : offset + length])
             offset += length
         return reply, blobs
+
+    def _piece(self, remote: RemoteVideo | None, asked: Any) -> tuple[bytes, float]:
+        """The bytes that the worker asks for, and the seconds that storage took; the worker ends if it gives none."""
+        begin = time.monotonic()
+        try:
+            start, length = (int(number) for number in asked)
+            if remote is None or not (0 <= start < start + length <= remote.size and length <= MOST_BYTES):
+                raise self._over("the decoder answered with nonsense")
+            return remote.read(start, length), time.monotonic() - begin
+        except BaseException:
+            self.end()
+            raise
 
     def _talk(
         self, head: bytes, payload: bytes, deadline: float, timeout: float = START_SECONDS

@@ -82,7 +82,7 @@ def why_unreadable(source: BinaryIO, head: bytes, size: int, said: str) -> str:
     """Why FFmpeg could not open a file, in more words than what it `said`."""
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         # The index (moov) says where the frames are.
-        for kind, place, length in _boxes(source, size):
+        for kind, place, length in boxes(source, size):
             if place + length > size:
                 return f"an incomplete mp4 file: it breaks off after {size} bytes"
             if kind == b"moov":
@@ -100,7 +100,7 @@ def is_truncated(source: BinaryIO, head: bytes, size: int) -> bool:
         stated = int.from_bytes(head[4:8], "little")
         return stated > 0 and size < stated + 8
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        return any(place + length > size for _, place, length in _boxes(source, size))
+        return any(place + length > size for _, place, length in boxes(source, size))
     if head.startswith(b"\x1aE\xdf\xa3"):
         place = _after_element(head, 0)
         if place is not None and head[place : place + 4] == b"\x18S\x80g":
@@ -109,7 +109,7 @@ def is_truncated(source: BinaryIO, head: bytes, size: int) -> bool:
     return False
 
 
-def _boxes(source: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(source: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Top-level boxes of an mp4 file: kind, first byte, length (0 stands for the rest of the file)."""
     place = 0
     while place + 8 <= size:

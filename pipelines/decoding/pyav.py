@@ -8,6 +8,7 @@ import numpy as np
 
 from hbi.pipelines.decoding.container import DecodeError, demuxed, failed, stated_rate
 from hbi.pipelines.decoding.film import Film
+from hbi.pipelines.decoding.index import IndexDistrusted
 from hbi.pipelines.decoding.picture import Picture
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def chosen_frames(film: Film, choose: Choose, picture: Picture) -> tuple[np.ndar
         if pick(film, chosen.tolist(), picture.add):
             return timeline.times, chosen, list(timeline.notes)
         picture.frames.clear()
+    if timeline is not None and (timeline.span or timeline.listed):
+        raise IndexDistrusted("a packet of it gives no frame")
     # Not every packet became a frame (hidden ones, damage), or the packets say nothing of time: decode all of it
     # to learn which frames there are, then once more to keep the chosen ones.
     times, notes = decoded_times(film)

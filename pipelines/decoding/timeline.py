@@ -75,6 +75,10 @@ class Timeline:
     """Frames per second within the pieces of a clock that jumped; 0 for any other."""
     notes: tuple[str, ...] = ()
     """What was put right, in words."""
+    listed: bool = False
+    """What is a keyframe is by the file's index, not seen in the packets themselves."""
+    span: tuple[float, float] | None = None
+    """When the film's first and last frame are shown, where `times` are those of a part of it."""
     packets: "list[Packet] | None" = None
     """The packets themselves, their time stamps the ranks, if they are few enough bytes."""
 
@@ -112,15 +116,17 @@ class Packets:
                 self.kept = None
 
 
-def read_timeline(container: "InputContainer", stream: "VideoStream", source: BinaryIO) -> Timeline | None:
+def read_timeline(
+    container: "InputContainer", stream: "VideoStream", source: BinaryIO, keep: bool = True
+) -> Timeline | None:
     """One pass over the packets; None if they carry no time stamps (raw elementary streams), or none that is true.
 
-    DecodeError where there is no packet at all.
+    keep: whether the packets are kept, where they are few bytes. DecodeError where there is no packet at all.
     """
     if container.format.name in ("obu", "av1"):
         return None
     codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata
-    read = Packets()
+    read = Packets() if keep else Packets(kept=None)
     truncated = breaks_off(source)
     for packet in demuxed(container, stream):
         read.add(packet, codec, extradata)
@@ -132,7 +138,7 @@ def read_timeline(container: "InputContainer", stream: "VideoStream", source: Bi
     truncated = truncated or (container.format.name.startswith("mov") and len(read.pts) < stream.frames)
     base = float(stream.time_base or Fraction(1, 1000))
     avi = container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
-    found = _of_order(read, base) if avi else _of_stamps(read, base, container)
+    found = _of_order(read, base) if avi else of_stamps(read, base, container)
     if found is None:
         return None
     length = 0.0 if truncated else max(0.0, (container.duration or 0) / 1e6)
@@ -178,8 +184,13 @@ def _of_order(read: Packets, base: float) -> Timeline | None:
     )
 
 
-def _of_stamps(read: Packets, base: float, container: "InputContainer") -> Timeline | None:
-    """The timeline by presentation time stamps."""
+def of_stamps(
+    read: Packets, base: float, container: "InputContainer", first: float | None = None
+) -> Timeline | None:
+    """The timeline by presentation time stamps; None where they cannot be true.
+
+    base: seconds of their unit. first: when the film's first frame is shown, where `read` begins later.
+    """
     avi = container.format.name == "avi"  # which has decoding times only
     stamps, decoded = np.array(read.dts if avi else read.pts) * base, np.array(read.dts) * base
     durations, shown = np.array(read.durations) * base, np.array(read.shown)
@@ -207,14 +218,9 @@ def _of_stamps(read: Packets, base: float, container: "InputContainer") -> Timel
     if tied:
         times = spread_ties(times)
         notes.append(f"{tied} times nudged that stood twice")
-    # mp4, Matroska and their like count from zero; the clock of an MPEG stream, or of a piece of a live broadcast,
-    # starts anywhere.
-    begin = (container.start_time or 0) / 1e6
-    times = times - min(begin if (clock or begin >= 1) and not rate else times[0] if clock else 0.0, times[0])
-    if container.format.name == "gif" and len(times) > 1:
-        # As browsers and players show it: a delay below 0.02 s is one of 0.1 s.
-        delays = np.diff(times)
-        times[1:] = times[0] + np.cumsum(np.where(delays < 0.0199, 0.1, delays))
+    times = times - origin(container, float(times[0]) if first is None else first, joined=bool(rate))
+    if container.format.name == "gif":
+        times = shown_by_browsers(times)
     if not believed(times):
         return None
     ranks = np.full(len(stamps), NOT_SHOWN)
@@ -237,6 +243,22 @@ def _of_stamps(read: Packets, base: float, container: "InputContainer") -> Timel
         notes=tuple(notes),
         packets=read.kept,
     )
+
+
+def origin(container: "InputContainer", first: float, joined: bool = False) -> float:
+    """Where a file's clock stands at the start of its timeline, in seconds.
+
+    mp4, Matroska and their like count from zero; the clock of an MPEG stream, or of a piece of a live broadcast, starts
+    anywhere. first: when the first frame is shown. joined: the clock jumped.
+    """
+    clock, begin = container.format.name in CLOCKS, (container.start_time or 0) / 1e6
+    return min(begin if (clock or begin >= 1) and not joined else first if clock else 0.0, first)
+
+
+def shown_by_browsers(times: np.ndarray) -> np.ndarray:
+    """A GIF's times as browsers and players have them: a delay below 0.02 s is one of 0.1 s."""
+    delays = np.diff(times)
+    return times[0] + np.r_[0.0, np.cumsum(np.where(delays < 0.0199, 0.1, delays))]
 
 
 def join_pieces(stamps: np.ndarray, decoded: np.ndarray, durations: np.ndarray) -> tuple[np.ndarray, int]:

@@ -23,6 +23,7 @@ from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.clip import decode_clip, probe
 from hbi.pipelines.decoding.container import DecodeError
 from hbi.pipelines.decoding.film import LastFilm
+from hbi.pipelines.decoding.pieces import Pieces, WholeWanted
 from hbi.pipelines.decoding.shots import find_cuts, small_frames
 
 HEADER = struct.Struct("<IQ")
@@ -56,10 +57,13 @@ def serve() -> None:
         request = json.loads(requests.read(text))
         payload = requests.read(body)
         try:
-            reply, blobs = _answer(request, payload, films, lambda name: _send(replies, {"trying": name}))
+            video = _video(request, payload, requests, replies)
+            reply, blobs = _answer(request, video, films, lambda name: _send(replies, {"trying": name}))
             _send(replies, reply | {"lengths": [len(blob) for blob in blobs]}, b"".join(blobs))
         except DecodeError as error:
             _send(replies, {"error": str(error)})
+        except WholeWanted as error:
+            _send(replies, {"whole": str(error)})
         except MemoryError:
             reason = f"decoding took more than the memory limit of {memory // MIB} MiB"
             _send(replies, {"error": reason, "fatal": True})
@@ -69,10 +73,26 @@ def serve() -> None:
         del payload
 
 
+def _video(
+    request: dict[str, Any], payload: bytes, requests: IO[bytes], replies: IO[bytes]
+) -> bytes | str | Pieces:
+    """What a request is about: bytes that came with it, a path, or what is asked of the parent piece by piece."""
+    if request["remote"] is None:
+        return payload if request["path"] is None else request["path"]
+
+    def fetch(begin: int, length: int) -> bytes:
+        _send(replies, {"piece": [begin, length]})
+        text, body = HEADER.unpack(requests.read(HEADER.size))
+        requests.read(text)
+        return requests.read(body)
+
+    uri, size = request["remote"]
+    return Pieces((uri, size), size, fetch)
+
+
 def _answer(
-    request: dict[str, Any], payload: bytes, films: LastFilm, trying: Callable[[str], None]
+    request: dict[str, Any], data: bytes | str | Pieces, films: LastFilm, trying: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[bytes]]:
-    data = payload if request["path"] is None else request["path"]
     if request["task"] == "probe":
         return asdict(probe(data)), []
     if request["task"] == "cuts":

@@ -4,18 +4,14 @@ The tar is written to a staging file, put in its place in one step, and recorded
 a failure for every row that has no sample.
 """
 
-import errno
 import hashlib
-import itertools
 import os
-import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TypeVar
@@ -25,13 +21,13 @@ from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.manifest import Row
 from hbi.pipelines.sample import Sample, ShardInfo, members_of
+from hbi.pipelines.sharding.fetch import OUT_IS_FULL, Video, fetched
 from hbi.pipelines.sharding.filters import Candidate, FilterSettings, Fingerprint, digest, frame_stats, reject
 from hbi.pipelines.sharding.plan import ShardPlan, read_rows
 from hbi.pipelines.sharding.records import ClipStats, Failure, ShardManifest, record_path, staging_folder
 from hbi.pipelines.sharding.settings import ShardSettings
 
 Item = TypeVar("Item")
-OUT_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardError(Exception):
@@ -156,90 +152,26 @@ def _made(
     rows: list[tuple[str, Row]], staging: str, settings: ShardSettings, decoder: Decoder
 ) -> Iterator[tuple[str, Sample | Failure, Fingerprint | None]]:
     """What becomes of each row, and the print of a sample where clips are compared with each other."""
-    for key, row, video in _fetched(rows, staging):
+    # The bytes of a video are compared, or decord reads them: all of them are wanted.
+    whole = settings.filters.same or settings.decoder == "decord"
+    for key, row, video in fetched(rows, staging, whole):
         result = _sample(key, row, video, settings.filters, decoder)
         found = None
-        if settings.filters.compares and isinstance(result, Sample) and isinstance(video, str):
-            found = fingerprint_of(result.frames, video, row, settings.filters)
+        if settings.filters.compares and isinstance(result, Sample) and isinstance(video, Video):
+            found = fingerprint_of(result.frames, str(video.data), row, settings.filters)
         yield key, result, found
 
 
-def _fetched(rows: list[tuple[str, Row]], staging: str) -> Iterator[tuple[str, Row, str | Failure]]:
-    """Each row with a local path of its video, or why there is none.
-
-    Of remote videos the next is fetched while one is decoded; neighbours that cut the same video share its copy.
-    """
-    groups = [
-        list(group) for _, group in itertools.groupby(rows, key=lambda row: (row[1].video, row[1].fault))
-    ]
-    with ThreadPoolExecutor(1) as reader:
-
-        def fetch(group: list[tuple[str, Row]]) -> Callable[[], str | Failure]:
-            row = group[0][1]
-            return (
-                reader.submit(_fetch, row, staging).result
-                if _remote(row.video)
-                else partial(_fetch, row, staging)
-            )
-
-        coming = fetch(groups[0])
-        for group, following in zip(groups, [*groups[1:], None], strict=True):
-            video = coming()
-            if following is not None:
-                coming = fetch(following)
-            for key, row in group:
-                yield key, row, video
-            if isinstance(video, str) and _remote(group[0][1].video):
-                Path(video).unlink()
-
-
-def _remote(video: str) -> bool:
-    """Whether a video is in object storage; one that is nowhere is not."""
-    try:
-        return storage.is_remote(video)
-    except ValueError:
-        return False
-
-
-def _fetch(row: Row, staging: str) -> str | Failure:
-    """A local path from which the row's video can be read; remote ones are copied into `staging`."""
-
-    def failure(reason: str, passing: bool = False) -> Failure:
-        return Failure("", "", row.video, "read", " ".join(reason.split()), passing)
-
-    if row.fault:
-        return Failure("", "", row.video, "manifest", " ".join(row.fault.split()))
-    try:
-        if storage.is_remote(row.video):
-            return storage.local_copy(row.video, staging)
-        path = storage.absolute(row.video)
-        mode = os.stat(path).st_mode  # noqa: PTH116 (a name with a null byte must raise here, not in pathlib)
-        if stat.S_ISDIR(mode):
-            return failure("is a folder, not a video")
-        if not stat.S_ISREG(mode):
-            return failure("is not a regular file")
-        with open(path, "rb"):  # noqa: PTH123
-            return path
-    except FileNotFoundError:
-        return failure("no such file" if not storage.is_remote(row.video) else "no such object")
-    except storage.StorageError as error:
-        return failure(str(error), passing=True)
-    except OSError as error:
-        if error.errno in OUT_IS_FULL:
-            raise
-        return failure(f"cannot be read: {error.strerror or error}")
-    except ValueError as error:
-        return failure(f"cannot be read: {error}")
-
-
 def _sample(
-    key: str, row: Row, video: str | Failure, filters: FilterSettings, decoder: Decoder
+    key: str, row: Row, video: Video | Failure, filters: FilterSettings, decoder: Decoder
 ) -> Sample | Failure:
-    """The sample of a row whose video lies at a local path, or why there is none."""
+    """The sample of a row with its video, or why there is none."""
     if isinstance(video, Failure):
         return replace(video, key=key, id=row.id)
     try:
-        clip = decoder.decode(video, row.start, row.end)
+        clip = video.clip(decoder, row)
+        if isinstance(clip, Failure):
+            return replace(clip, key=key, id=row.id)
     except DecodeError as error:
         return Failure(key, row.id, row.video, "decode", " ".join(str(error).split()))
     reason = reject(Candidate(row, clip), filters)
