@@ -195,9 +195,8 @@ def exists(path: str) -> bool:
 
 def require_bucket(path: str) -> None:
     """FileNotFoundError or PermissionError where a remote path's bucket is not there or not open to us."""
-    remote = filesystem(path)
     bucket = _key(path).split("/")[0]
-    _persist(f"s3://{bucket}", lambda: remote.info(bucket, refresh=True))
+    _persist(f"s3://{bucket}", lambda: filesystem(path).info(bucket, refresh=True))
 
 
 class _Ranges(io.RawIOBase):
@@ -282,12 +281,11 @@ def has_ranges(path: str) -> bool:
 
     remote: Any = filesystem(path)
 
-    async def accepted() -> bool:
-        session = await remote.set_session()
-        async with session.head(path, allow_redirects=True) as answer:
-            return answer.headers.get("Accept-Ranges") == "bytes" and "Content-Length" in answer.headers
+    async def says_so() -> bool:
+        async with (await remote.set_session()).head(path, allow_redirects=True) as answer:
+            return answer.headers.get("Accept-Ranges") == "bytes"
 
-    return _persist(path, lambda: sync(remote.loop, accepted))
+    return _persist(path, lambda: sync(remote.loop, says_so))
 
 
 def read_bytes(path: str) -> bytes:
@@ -311,8 +309,7 @@ def local_copy(path: str, folder: str) -> str:
     try:
         with os.fdopen(handle, "wb") as target:
             if path[:4].lower() == "http":  # in one stream: not every web server knows ranges
-                remote = filesystem(path)
-                _persist(path, lambda: remote.get_file(_key(path), copy))
+                _persist(path, lambda: filesystem(path).get_file(_key(path), copy))
             else:
                 with open_file(path) as source:
                     shutil.copyfileobj(source, target, RANGE_BYTES)

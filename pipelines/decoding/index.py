@@ -134,7 +134,7 @@ def cued_ends(container: "InputContainer", stream: "VideoStream", source: Binary
     if not container.duration:
         raise IndexDistrusted("its header states no length")
     length, base = container.duration / 1e6, float(stream.time_base or 0)
-    first = _read(islice(_from(container, stream, 0.0), 2 * REORDERED), stream)
+    first = _read(islice(_from(container, stream, 0.0), REORDERED + 1), stream)
     cues = stream.index_entries
     if not len(cues) or cues[len(cues) - 1].timestamp * base < length / 2:
         raise IndexDistrusted("it has no cues")

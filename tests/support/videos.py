@@ -62,3 +62,16 @@ def make(  # noqa: PLR0913 (each is one property of a video)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+def noisy(container: str) -> bytes:
+    """Five megabytes: a minute of noise at ten frames a second, a keyframe a second."""
+    buffer, noise = io.BytesIO(), np.random.default_rng(0)
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream("libx264", rate=10, options={"g": "10", "preset": "ultrafast", "qp": "20"})
+        stream.width = stream.height = 96
+        for _ in range(600):
+            image = noise.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
