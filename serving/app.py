@@ -185,6 +185,11 @@ def _pages(api: FastAPI, front: Front) -> None:
         """Whether it serves, which model answers, and how many videos there are."""
         return Plain(await front.health())
 
+    @api.get("/examples")
+    async def examples() -> Any:
+        """Some captions of the index: sentences that find something."""
+        return Plain({"examples": await front.examples()})
+
     @api.post("/session", include_in_schema=False)
     async def session(request: Request) -> Any:
         key = front.settings.api_key

@@ -107,11 +107,8 @@ class Engine:
 
     def like(self, id: str, page: Page) -> dict[str, Any]:
         """The clips that are most like one of the index, itself left out."""
-        snapshot = self._snapshot()
-        query = self._tokens(snapshot, [_row(snapshot, id)])
-        answer = self._ranked(query, Page(page.k + 1, page.offset, page.filters))
-        answer["results"] = [result for result in answer["results"] if result["id"] != id][: page.k]
-        return answer
+        snapshot, row = self._held(id)
+        return self._ranked(self._tokens(snapshot, [row]), page, without=row)
 
     def find_example(self, place: str, page: Page) -> dict[str, Any]:
         """The clips that are most like a video."""
@@ -121,8 +118,7 @@ class Engine:
 
     def explain(self, sentence: Sentence, id: str) -> dict[str, Any]:
         """The interaction of each word with each frame of one clip, and the moment that they speak of."""
-        snapshot = self._snapshot()
-        row = _row(snapshot, id)
+        snapshot, row = self._held(id)
         clip = snapshot.clips([row])[0]
         text, video = (
             {LEVEL: Tokens(*(part.to(self.model.device) for part in tokens))}
@@ -172,14 +168,28 @@ class Engine:
     def _snapshot(self) -> Snapshot:
         return self.table.snapshot(FRESH_SECONDS)
 
-    def _ranked(self, query: Tokens, page: Page) -> dict[str, Any]:
+    def _held(self, id: str) -> tuple[Snapshot, int]:
+        """A version that holds a clip, and the clip's row; the newest where it was added just now. 404 otherwise."""
+        for seconds in (FRESH_SECONDS, 0.0):
+            snapshot = self.table.snapshot(seconds)
+            try:
+                return snapshot, snapshot.row(id)
+            except KeyError:
+                continue
+        raise unknown(id)
+
+    def _ranked(self, query: Tokens, page: Page, without: int | None = None) -> dict[str, Any]:
+        """without: a row that is left out."""
         snapshot = self._snapshot()
-        where = labelled(dict(page.filters))
         last = page.offset + page.k
-        ranking = search(snapshot, query, max(last, RERANKED) if page.rerank else last, where)
+        # One more than is asked for tells whether there are more.
+        count = last + 1 + (without is not None)
+        where = labelled(dict(page.filters))
+        ranking = search(snapshot, query, max(count, RERANKED) if page.rerank else count, where)
+        ranking = [(score, row) for score, row in ranking if row != without]
         if page.rerank:
-            ranking = self._reranked(snapshot, query, ranking)[:last]
-        asked = ranking[page.offset :]
+            ranking = self._reranked(snapshot, query, ranking)
+        asked = ranking[page.offset : last]
         clips = {
             row: clip
             for (_, row), clip in zip(asked, snapshot.clips([row for _, row in asked]), strict=False)
@@ -202,7 +212,7 @@ class Engine:
                 }
                 for score, row, clip in results
             ],
-            "more": len(ranking) == last < snapshot.rows,
+            "more": len(ranking) > last,
             "note": None,
         }
 
@@ -278,13 +288,6 @@ def _refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         raise Refused(422, str(error)) from None
-
-
-def _row(snapshot: Snapshot, id: str) -> int:
-    try:
-        return snapshot.row(id)
-    except KeyError:
-        raise unknown(id) from None
 
 
 def unknown(id: str) -> Refused:

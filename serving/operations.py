@@ -27,6 +27,12 @@ LONGEST_TEXT = 100_000
 """Characters of a sentence; what the model does not read of it is said in the answer."""
 LONGEST_ID = 512
 """Characters of an id."""
+EXAMPLES = 4
+"""Sentences that the page begins with,"""
+CAPTIONS_LOOKED_AT = 200
+"""of so many captions of the index,"""
+SHORT_CAPTION = 60
+"""of at most so many characters where there are such."""
 PATIENCE = 3.0
 """Adding a video may take so many times as long as a search."""
 STRICT = ConfigDict(extra="forbid")
@@ -227,6 +233,13 @@ class Front:
             while piece := await file.read(1 << 20):
                 await anyio.to_thread.run_sync(target.write, piece)
         return path
+
+    async def examples(self) -> list[str]:
+        """A few captions of the index, short ones first; none where it holds none."""
+        snapshot = await anyio.to_thread.run_sync(self.table.snapshot, FRESH_SECONDS)
+        captions = await anyio.to_thread.run_sync(snapshot.captions, CAPTIONS_LOOKED_AT)
+        short = [caption for caption in captions if len(caption) <= SHORT_CAPTION] or captions
+        return short[:: -(-len(short) // EXAMPLES) or 1]
 
     async def health(self) -> dict[str, Any]:
         """What answers, with how many videos; 503 where the index cannot be reached."""

@@ -147,6 +147,13 @@ class Snapshot:
         counted = values.value_counts().to_pylist()
         return {entry["values"]: entry["counts"] for entry in counted}
 
+    def captions(self, limit: int) -> list[str]:
+        """The first caption of at most `limit` clips that have one, each sentence once."""
+        with reaching(self.folder):
+            query = self._table.search().where("array_length(captions) > 0").select(["captions"])
+            found = query.limit(limit).to_arrow()["captions"].to_pylist()
+        return list(dict.fromkeys(captions[0] for captions in found))
+
     def ids(self) -> Iterable[tuple[str, str, float, float]]:
         """Id, source, start and end of every clip."""
         with reaching(self.folder):

@@ -1,55 +1,69 @@
 // The page: what is asked stands in the URL, so that reload, back and a copied link bring the same answer.
 
 import {close, open} from "./detail.js";
-import {$, download, element, say, seconds} from "./dom.js";
-import {call, onKeyAsked, openSession, picture} from "./server.js";
+import {$, download, element, say} from "./dom.js";
+import {card, csv, moveByArrows} from "./results.js";
+import {call, onKeyAsked, openSession, pathOf} from "./server.js";
 
 const PAGE = 12;
-const EXAMPLES = ["a person is talking", "the red square moves left", "something falls down", "a dog runs on grass"];
-let about = {videos: 0, splits: {}, read_only: false};
-let shown = [];
+const EXAMPLES = ["a person is talking", "a dog runs on grass", "something falls down"];
+let about = {videos: 0, splits: {}, heads: [], read_only: false};
+let shown = {question: null, clips: []};
 let exampleFile = null;
 let running = null;
 
-const asked = () => {
-  const url = new URLSearchParams(location.search);
-  return {text: url.get("q") ?? "", like: url.get("like") ?? "", split: url.get("split") ?? "", label: url.get("label") ?? "",
-    page: Math.max(1, Number.parseInt(url.get("page") ?? "1", 10) || 1)};
-};
+const NAMES = {text: "q", like: "like", split: "split", label: "label", page: "page", video: "video"};
 
-function go(changes, replace = false) {
-  const now = {...asked(), page: 1, ...changes};
+function asked() {
+  const url = new URLSearchParams(location.search);
+  const now = Object.fromEntries(Object.entries(NAMES).map(([name, short]) => [name, url.get(short) ?? ""]));
+  return {...now, page: Math.max(1, Number.parseInt(now.page || "1", 10) || 1)};
+}
+
+function write(now, how, state = null) {
   const url = new URLSearchParams();
-  if (now.text) url.set("q", now.text);
-  if (now.like) url.set("like", now.like);
-  if (now.split) url.set("split", now.split);
-  if (now.label) url.set("label", now.label);
-  if (now.page > 1) url.set("page", now.page);
-  history[replace ? "replaceState" : "pushState"](null, "", url.size ? `?${url}` : location.pathname);
+  for (const [name, short] of Object.entries(NAMES)) if (now[name] && !(name === "page" && now.page === 1)) url.set(short, now[name]);
+  history[how](state, "", url.size ? `?${url}` : location.pathname);
+}
+
+function go(changes) {
+  write({...asked(), page: 1, video: "", ...changes}, "pushState");
+  fields();
   return show();
 }
 
+// The fields say what the URL says.
+function fields() {
+  const now = asked();
+  for (const name of ["text", "split", "label"]) $(`#${name}`).value = now[name];
+  document.title = now.text ? `${now.text} – search videos` : "Search videos";
+}
+
+// What was asked, without the one result that is looked at.
+const question = (now) => JSON.stringify({...now, video: "", file: exampleFile?.name, size: exampleFile?.size});
+
 // A newer question ends the older one: its answer, should it still come, is dropped.
 async function show() {
-  close();
+  const now = asked();
+  if (question(now) !== shown.question) { close(); await answer(now); }
+  if (question(asked()) === shown.question) await lookAt(asked());
+}
+
+async function answer(now) {
   running?.abort();
   const mine = running = new AbortController();
-  const now = asked();
-  $("#text").value = now.text;
-  $("#split").value = now.split;
-  $("#label").value = now.label;
   const idle = !now.text && !now.like && !exampleFile;
   $("#start").hidden = !idle;
-  document.title = now.text ? `${now.text} – search videos` : "Search videos";
-  if (idle) { results([], false, now); say($("#status"), ""); return; }
+  if (idle) { results([], false, now); $("#pages").hidden = true; say($("#status"), ""); shown.question = question(now); return; }
   say($("#status"), "Searching …");
   $("#results").classList.add("waiting");
   try {
     const started = performance.now();
-    const answer = await find(now, mine.signal);
+    const found = await find(now, mine.signal);
     if (mine !== running) return;
-    results(answer.results, answer.more, now);
-    say($("#status"), [summary(answer.results.length, now, Math.round(performance.now() - started)), answer.note].filter(Boolean).join(" — "));
+    results(found.results, found.more, now);
+    shown.question = question(now);
+    say($("#status"), [summary(found.results.length, now, Math.round(performance.now() - started)), found.note].filter(Boolean).join(" — "));
   } catch (error) {
     if (mine !== running || error.name === "AbortError") return;
     results([], false, now);
@@ -58,6 +72,36 @@ async function show() {
     if (mine === running) $("#results").classList.remove("waiting");
   }
 }
+
+// The result that the URL names, beside its video and the reason why it was found.
+async function lookAt(now) {
+  if (!now.video) { close(); return; }
+  let clip = shown.clips.find((each) => each.id === now.video);
+  try { clip ??= await call("GET", `videos/${pathOf(now.video)}`); }
+  catch (error) { say($("#status"), error.message, true); return; }
+  if (asked().video === now.video) await open(clip, exampleFile || now.like ? "" : now.text, actions);
+}
+
+const actions = {
+  readOnly: () => about.read_only,
+  like: (clip) => { exampleFile = null; return go({text: "", like: clip.id}); },
+  closed: () => {
+    if (!asked().video) return;
+    if (history.state?.opened) history.back(); else write({...asked(), video: ""}, "replaceState");
+  },
+  remove: async (clip) => {
+    if (!confirm(`Remove ${clip.id} from the index?`)) return;
+    const closed = () => { write({...asked(), video: ""}, "replaceState"); close(); };
+    try {
+      await call("DELETE", `videos/${pathOf(clip.id)}`);
+      closed();
+      shown.clips = shown.clips.filter((other) => other.id !== clip.id);
+      for (const gone of document.querySelectorAll(".card")) if (gone.dataset.id === clip.id) gone.parentElement.remove();
+      say($("#status"), `Removed ${clip.id}.`);
+      await health();
+    } catch (error) { closed(); say($("#status"), error.message, true); }
+  },
+};
 
 function find(now, signal) {
   const offset = (now.page - 1) * PAGE;
@@ -77,15 +121,19 @@ function find(now, signal) {
 }
 
 function summary(count, now, time) {
-  const what = exampleFile ? `like ${exampleFile.name}` : now.like ? `like ${now.like}` : "";
-  if (!count) return now.page > 1 ? "No more videos." : `No videos ${what || "match"}. Try other words, or fewer filters.`;
+  const what = exampleFile ? ` like ${exampleFile.name}` : now.like ? ` like ${now.like}` : "";
+  if (!count) return now.page > 1 ? "No more videos." : `No videos${what || " match"}. Try other words, or fewer filters.`;
   const first = (now.page - 1) * PAGE;
-  return `${first + 1} to ${first + count} of ${about.videos} videos ${what} in ${time} ms`.replace(/ {2,}/g, " ");
+  const of = now.split || now.label ? "" : ` of ${about.videos}`;
+  return `${first + 1} to ${first + count}${of} videos${what} in ${time} ms`;
 }
 
 function results(found, more, now) {
-  shown = found;
-  $("#results").replaceChildren(...found.map((clip) => element("li", {}, card(clip, now))));
+  shown = {question: null, clips: found};
+  $("#results").replaceChildren(...found.map((clip) => element("li", {}, card(clip, () => {
+    write({...asked(), video: clip.id}, "pushState", {opened: true});
+    show();
+  }))));
   $("#pages").hidden = now.page === 1 && !more;
   $("#page").textContent = `Page ${now.page}`;
   $("#previous").disabled = now.page === 1;
@@ -93,36 +141,8 @@ function results(found, more, now) {
   $("#downloads").hidden = !found.length;
 }
 
-function card(clip, now) {
-  const middle = Math.floor(clip.frames / 2);
-  const image = element("img", {src: picture(clip.id, middle), alt: "", loading: "lazy"});
-  image.addEventListener("error", () => image.remove());
-  const labels = Object.entries({...(clip.split ? {split: clip.split} : {}), ...clip.metadata})
-    .filter(([, value]) => ["string", "number"].includes(typeof value)).slice(0, 3).map(([name, value]) => `${name} ${value}`).join(" · ");
-  return element("button", {className: "card", type: "button", dataset: {id: clip.id}, onclick: () => detail(clip, now)},
-    element("span", {className: "picture"}, image, element("span", {className: "moment", textContent: `${seconds(clip.moment[0])} – ${seconds(clip.moment[1])}`})),
-    element("span", {className: "words"},
-      element("span", {className: "line"}, element("strong", {textContent: clip.captions[0] ?? clip.id})),
-      element("span", {className: "labels", textContent: [clip.captions.length ? clip.id : "", `score ${clip.score.toFixed(3)}`].filter(Boolean).join(" · ")}),
-      labels ? element("span", {className: "labels", textContent: labels}) : null));
-}
-
-function detail(clip, now) {
-  return open(clip, exampleFile || now.like ? "" : now.text, {
-    readOnly: about.read_only,
-    like: (other) => { exampleFile = null; return go({text: "", like: other.id}); },
-    remove: async (other) => {
-      if (!confirm(`Remove ${other.id} from the index?`)) return;
-      try { await call("DELETE", `videos/${other.id.split("/").map(encodeURIComponent).join("/")}`); }
-      catch (error) { say($("#status"), error.message, true); close(); return; }
-      await health();
-      await show();
-    },
-  });
-}
-
 async function health() {
-  about = {splits: {}, ...await call("GET", "health")};
+  about = {splits: {}, heads: [], ...await call("GET", "health")};
   $("#about").textContent = `${about.videos} videos, model ${about.model.split("/").slice(-2).join("/")}`;
   $("#split-label").hidden = Object.keys(about.splits).length < 2;
   $("#split").replaceChildren(element("option", {value: "", textContent: "all"}),
@@ -130,8 +150,9 @@ async function health() {
   $("#open-upload").hidden = about.read_only;
 }
 
-function examples() {
-  $("#examples").replaceChildren(...EXAMPLES.map((text) => element("li", {},
+async function examples() {
+  const known = await call("GET", "examples").then((found) => found.examples, () => []);
+  $("#examples").replaceChildren(...(known.length ? known : EXAMPLES).map((text) => element("li", {},
     element("button", {type: "button", textContent: text, onclick: () => go({text, like: ""})}))));
 }
 
@@ -165,18 +186,11 @@ async function upload(event) {
   } catch (error) { say($("#upload-status"), error.message, true); } finally { button.disabled = false; }
 }
 
-const cell = (value) => {
-  const text = typeof value === "string" ? value : JSON.stringify(value);
-  // A leading sign would be a formula in a spreadsheet.
-  return `"${(/^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text).replaceAll('"', '""')}"`;
-};
-const columns = ["id", "score", "video", "start", "end", "moment", "captions", "split", "metadata"];
-const csv = () => [columns.join(","), ...shown.map((clip) => columns.map((name) => cell(clip[name])).join(","))].join("\r\n");
-
 $("#ask").addEventListener("submit", (event) => {
   event.preventDefault();
   exampleFile = null;
   $("#example").value = "";
+  shown.question = null;  // asked again, it is searched again
   go({text: $("#text").value.trim(), like: ""});
 });
 $("#home").addEventListener("click", (event) => { event.preventDefault(); exampleFile = null; go({text: "", like: "", split: "", label: ""}); $("#text").focus(); });
@@ -185,31 +199,19 @@ $("#label").addEventListener("change", () => go({label: $("#label").value.trim()
 $("#example").addEventListener("change", () => { exampleFile = $("#example").files[0] ?? null; go({text: "", like: ""}); });
 $("#previous").addEventListener("click", () => go({page: asked().page - 1}));
 $("#next").addEventListener("click", () => go({page: asked().page + 1}));
-$("#csv").addEventListener("click", () => download("results.csv", "text/csv", csv()));
-$("#json").addEventListener("click", () => download("results.json", "application/json", JSON.stringify(shown, null, 1)));
+$("#csv").addEventListener("click", () => download("results.csv", "text/csv", csv(shown.clips)));
+$("#json").addEventListener("click", () => download("results.json", "application/json", JSON.stringify(shown.clips, null, 1)));
 $("#open-upload").addEventListener("click", () => { say($("#upload-status"), ""); $("#upload").showModal(); });
 $("#upload-form").addEventListener("submit", upload);
-$("#detail").addEventListener("close", close);
 for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
-$("#results").addEventListener("keydown", (event) => {
-  const cards = [...document.querySelectorAll(".card")];
-  const at = cards.indexOf(document.activeElement);
-  const across = Math.max(1, cards.filter((card) => card.offsetTop === cards[0].offsetTop).length);
-  const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across}[event.key];
-  if (step === undefined || at < 0) return;
-  event.preventDefault();
-  (cards[at + step] ?? (at + step < 0 ? $("#text") : cards[at])).focus();
-});
-$("#text").addEventListener("keydown", (event) => {
-  if (event.key === "ArrowDown" && document.querySelector(".card")) { event.preventDefault(); document.querySelector(".card").focus(); }
-  if (event.key === "Escape") { $("#text").value = ""; }
-});
-addEventListener("popstate", () => { exampleFile = null; show(); });
+moveByArrows();
+addEventListener("popstate", () => { exampleFile = null; fields(); show(); });
 onKeyAsked(askKey);
 
+fields();
 try {
   await health();
+  $("#split").value = asked().split;
   if (about.key && !sessionStorage.getItem("hbi-key")) await askKey();
 } catch (error) { say($("#status"), error.message, true); }
-examples();
-await show();
+await Promise.all([examples(), running ? null : show()]);  // someone may have asked already

@@ -5,13 +5,13 @@ import {media, picture} from "./server.js";
 
 export function player(clip, at = clip.start) {
   const first = clip.start, last = clip.end;
-  const video = element("video", {preload: "none", playsInline: true, muted: true, poster: picture(clip.id, 0)});
+  const video = element("video", {preload: "none", playsInline: true, poster: picture(clip.id, 0)});
   video.src = `${media(clip.id)}#t=${first},${last}`;
-  const button = element("button", {type: "button", textContent: "Play"});
+  const button = element("button", {type: "button", className: "play", textContent: "Play"});
   const slider = element("input", {type: "range", min: first, max: last, step: 0.01, value: at, ariaLabel: "Time"});
   const clock = element("span", {className: "quiet", textContent: seconds(at)});
-  const sound = element("button", {type: "button", textContent: "Sound on"});
-  const made = element("div", {}, video, element("div", {className: "controls"}, button, slider, clock, sound));
+  const sound = element("button", {type: "button", textContent: "Mute"});
+  const made = element("div", {className: "player"}, video, element("div", {className: "controls"}, button, slider, clock, sound));
   let wanted = at;
 
   const show = () => { slider.value = video.currentTime; clock.textContent = seconds(video.currentTime); };
@@ -39,6 +39,6 @@ export function player(clip, at = clip.start) {
   button.addEventListener("click", () => (video.paused ? play() : video.pause()));
   video.addEventListener("click", () => button.click());
   slider.addEventListener("input", () => seek(Number(slider.value)));
-  sound.addEventListener("click", () => { video.muted = !video.muted; sound.textContent = video.muted ? "Sound on" : "Sound off"; });
+  sound.addEventListener("click", () => { video.muted = !video.muted; sound.textContent = video.muted ? "Unmute" : "Mute"; });
   return {element: made, playFrom: (time) => { seek(time); play(); }, stop: () => { video.pause(); video.removeAttribute("src"); video.load(); }};
 }
