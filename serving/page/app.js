@@ -84,6 +84,7 @@ async function lookAt(now) {
 
 const actions = {
   readOnly: () => about.read_only,
+  heads: () => about.heads,
   like: (clip) => { exampleFile = null; return go({text: "", like: clip.id}); },
   closed: () => {
     if (!asked().video) return;

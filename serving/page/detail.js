@@ -4,6 +4,7 @@ import {$, element, say, seconds} from "./dom.js";
 import {draw} from "./heatmap.js";
 import {player} from "./player.js";
 import {call} from "./server.js";
+import {offer} from "./telling.js";
 
 let current = null;
 
@@ -29,6 +30,7 @@ export async function open(clip, text, actions) {
   $("#detail-title").textContent = clip.id;
   $("#player").replaceChildren(video.element);
   tell(clip);
+  offer(clip, actions.heads(), () => current === mine);
   $("#like").onclick = () => actions.like(clip);
   $("#remove").hidden = actions.readOnly();
   $("#remove").onclick = () => actions.remove(clip);

@@ -146,7 +146,9 @@ def test_filters_by_split_and_by_any_label(visit, served: Served) -> None:
     page.wait_for_function(f"() => document.querySelectorAll('.card').length === {splits['val']}")
     page.fill("#label", "split=nothing of the kind")
     page.press("#label", "Enter")
-    page.wait_for_function("() => document.querySelector('#status').textContent.startsWith('No videos match')")
+    page.wait_for_function(
+        "() => document.querySelector('#status').textContent.startsWith('No videos match')"
+    )
     page.fill("#label", "no sign of equality")
     page.press("#label", "Enter")
     page.wait_for_selector("#status.error")
@@ -192,7 +194,8 @@ def test_an_explanation_opens_at_its_result_beside_the_video(visit, served: Serv
     assert len(cells) == len(rows) and all(
         float(cell) == pytest.approx(float(wanted), abs=0.11) for row, wants in zip(cells, expected, strict=True)
         for cell, wanted in zip(row, wants, strict=True))  # fmt: skip
-    page.wait_for_function("() => [...document.querySelectorAll('#map img')].every(image => image.naturalWidth > 0)"
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#map img')].every(image => image.naturalWidth > 0)"
     )
     assert page.locator("#map img").count() == len(why["times"])
     watch, reason = page.locator(".watch").bounding_box(), page.locator("#why").bounding_box()
@@ -295,6 +298,35 @@ def test_the_url_of_a_result_opens_it_and_back_closes_it(visit) -> None:
     assert page.inner_text("#detail-title") == chosen
 
 
+def test_a_video_is_asked_and_captioned_where_the_model_has_the_heads(visit, served: Served) -> None:
+    page = visit("/?video=clip-000002")
+    page.fill("#question input", "what colour is it?")
+    page.press("#question input", "Enter")
+    page.wait_for_selector("#answers li")
+    question = {"id": "clip-000002", "question": "what colour is it?"}
+    ranked = ask(served.address, "POST", "/answer", question).json["answers"]
+    expected = [f"{each['answer']} {100 * each['score']:.0f} %" for each in ranked]
+    assert [" ".join(line.split()) for line in page.locator("#answers li").all_inner_texts()] == expected
+    page.fill("#question input", "what " * 200)
+    page.press("#question input", "Enter")
+    page.wait_for_selector("#told-status.error")
+    assert "ask a shorter one" in page.inner_text("#told-status") and not page.locator("#answers li").count()
+    page.click("#caption")
+    page.wait_for_function("() => document.querySelector('#written').textContent")
+    written = ask(served.address, "POST", "/caption", {"id": "clip-000002"}).json["caption"]
+    assert page.inner_text("#written").removeprefix("Written by the model: ").strip() == (
+        written or "The model wrote nothing."
+    )
+
+    def without(route: "Route") -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"heads": []})
+
+    page = visit("/?video=clip-000002", route=("**/health", without))
+    page.wait_for_selector("#like")
+    assert not page.is_visible("#question") and not page.is_visible("#caption")
+
+
 # --- Adding and downloading -----------------------------------------------------------------------------------------
 
 
@@ -326,7 +358,9 @@ def test_a_video_is_uploaded_found_and_removed_and_its_text_is_never_markup(
     page.wait_for_selector("#map td")
     assert page.inner_text("#detail-title") == EVIL
     assert page.inner_text("#detail-captions li") == f"<b>bold</b> {EVIL}"
-    page.wait_for_function("() => document.querySelector('#map img').naturalWidth > 0")  # its id in an address
+    page.wait_for_function(
+        "() => document.querySelector('#map img').naturalWidth > 0"
+    )  # its id in an address
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("#remove")
     page.wait_for_selector("#detail", state="hidden")
@@ -441,7 +475,9 @@ def test_what_goes_wrong_is_said_and_the_next_search_works(visit) -> None:
     search(page)
     assert not page.locator("#status.error").count()
     search(page, "red square " * 100)
-    page.wait_for_function("() => document.querySelector('#status').textContent.includes('its end was left out')")
+    page.wait_for_function(
+        "() => document.querySelector('#status').textContent.includes('its end was left out')"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
