@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
+SERVE_ENDS = r"Task ServeController\.\w+ failed\..* killed by `ray\.kill`"
+"""What Ray prints of calls that Serve's controller leaves unanswered as it is taken down, which is no error."""
 MESSAGE_SECONDS = 0.3
 """Between two looks for messages of workers."""
 
@@ -26,6 +28,8 @@ def ray_running() -> Iterator[None]:
     A local Ray has no dashboard, keeps its workers' chatter in its log files, and ends with the context. Its workers
     import the project from where this file lies.
     """
+    # Read as Ray is imported.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", SERVE_ENDS)
     import ray
 
     if ray.is_initialized():

@@ -126,13 +126,14 @@ class Serve:
 
     def run(self) -> None:
         from hbi.infra.ray_runtime import ray_running
-        from hbi.serving.deploy import logs, prometheus
         from hbi.serving.front import free_port, model_of, start
 
         model, index = (self.model, self.index) if self.index else (None, self.model)
         free_port(self.settings.host, self.settings.port)
         answering = model_of(index, model, self.tracking)
         with ray_running(), start(answering, index, self.settings) as served:
+            from hbi.serving.deploy import logs, prometheus
+
             print(
                 f"search page  {served.address}/\nschema       {served.address}/docs\nmodel        {answering.model}"
             )

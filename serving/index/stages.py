@@ -27,15 +27,15 @@ CLIPS_AT_ONCE = 8192
 class SearchSettings:
     """How much each stage hands on."""
 
-    nearest: int = 100
+    nearest: int = 300
     """Segments that stage 1 finds for each word and each of the three places."""
-    probes: int = 8
+    probes: int = 32
     """Partitions of the ANN index that are looked into for each word."""
-    nearest_mean: int = 300
+    nearest_mean: int = 2000
     """Segments that it finds for the mean of the words: what a sentence far from every clip is found by."""
-    probes_mean: int = 64
+    probes_mean: int = 128
     """Partitions that are looked into for it."""
-    candidates: int = 400
+    candidates: int = 2000
     """Clips that stage 2 compares, beside those near the mean."""
     exact: int = 100
     """Clips that stage 3 compares, or twice the number asked for."""

@@ -302,7 +302,8 @@ def test_a_video_is_asked_and_captioned_where_the_model_has_the_heads(visit, ser
     page = visit("/?video=clip-000002")
     page.fill("#question input", "what colour is it?")
     page.press("#question input", "Enter")
-    page.wait_for_selector("#answers li")
+    page.wait_for_selector("#answers li, #told-status.error")
+    assert page.inner_text("#told-status") == ""
     question = {"id": "clip-000002", "question": "what colour is it?"}
     ranked = ask(served.address, "POST", "/answer", question).json["answers"]
     expected = [f"{each['answer']} {100 * each['score']:.0f} %" for each in ranked]
