@@ -300,11 +300,11 @@ def test_the_url_of_a_result_opens_it_and_back_closes_it(visit) -> None:
 
 def test_a_video_is_asked_and_captioned_where_the_model_has_the_heads(visit, served: Served) -> None:
     page = visit("/?video=clip-000002")
-    page.fill("#question input", "what colour is it?")
+    page.fill("#question input", "the red star")
     page.press("#question input", "Enter")
     page.wait_for_selector("#answers li, #told-status.error")
     assert page.inner_text("#told-status") == ""
-    question = {"id": "clip-000002", "question": "what colour is it?"}
+    question = {"id": "clip-000002", "question": "the red star"}
     ranked = ask(served.address, "POST", "/answer", question).json["answers"]
     expected = [f"{each['answer']} {100 * each['score']:.0f} %" for each in ranked]
     assert [" ".join(line.split()) for line in page.locator("#answers li").all_inner_texts()] == expected
