@@ -109,6 +109,7 @@ class Evaluate:
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
     def run(self) -> None:
+        from hbi.model.meteor import MEND, has_meteor
         from hbi.training.evaluate.explanations import explanation_table
         from hbi.training.evaluate.retrieval import evaluate_named
         from hbi.training.evaluate.table import table
@@ -117,6 +118,8 @@ class Evaluate:
         source = ModelSource(self.model, self.tracking, self.tokenizer, self.words)
         metrics = evaluate_named(source, self.shards, self.split, self.protocol, self.explanations)
         print(table(metrics, self.split))
+        if f"{self.split}/caption/CIDEr" in metrics and not has_meteor():
+            print(f"  METEOR is left out: {MEND}")
         if self.explanations:
             print(explanation_table(metrics, self.split))
 

@@ -4,6 +4,7 @@ import torch
 
 from hbi.model.caption_metrics import caption_metrics
 from hbi.model.config import DecodeSettings
+from hbi.model.meteor import has_meteor, meteor
 from hbi.model.tokenizer import caption_marks, detokenize
 from hbi.training.evaluate.answers import HeadResult
 from hbi.training.evaluate.encode import NothingToMeasure, SplitEncoder, grouped, readable, share
@@ -11,9 +12,14 @@ from hbi.training.evaluate.encode import NothingToMeasure, SplitEncoder, grouped
 
 @torch.no_grad()
 def evaluate_captions(
-    encoder: SplitEncoder, split: str, settings: DecodeSettings | None = None, strict: bool = False
+    encoder: SplitEncoder,
+    split: str,
+    settings: DecodeSettings | None = None,
+    strict: bool = False,
+    with_meteor: bool = False,
 ) -> HeadResult:
-    """BLEU, ROUGE-L and CIDEr of a model's captions on a split. All ranks call it, with the same arguments.
+    """BLEU, ROUGE-L and CIDEr of a model's captions on a split, and METEOR where it is asked for and installed. All
+    ranks call it, with the same arguments.
 
     ValueError where the split is not there or holds no captioned clip, or the model writes none; with `strict` also
     where a clip cannot be read.
@@ -41,9 +47,11 @@ def evaluate_captions(
         raise NothingToMeasure(
             f"{encoder.index.folder}: no clip of split {split!r} has a caption: nothing to compare with"
         )
-    found = caption_metrics(
-        {id: references for id, _, references in written}, {id: caption for id, caption, _ in written}
-    )
+    truths = {id: references for id, _, references in written}
+    captions = {id: caption for id, caption, _ in written}
+    found = caption_metrics(truths, captions)
+    if with_meteor and has_meteor():
+        found["METEOR"] = process.of_first(meteor(truths, captions) if process.first else 0.0)
     metrics = {f"{split}/caption/{name}": value for name, value in (found | {"videos": len(written)}).items()}
     rows = [{"id": id, "caption": caption, "truth": " | ".join(truth)} for id, caption, truth in written]
     return HeadResult(metrics, rows)

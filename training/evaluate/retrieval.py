@@ -166,7 +166,7 @@ def evaluate_named(
             asked = list(training_answers(index, "train")) if trained else []
             measures.append(lambda: evaluate_answers(encoder, split, asked, strict=True))
         if model.captioner is not None:
-            measures.append(lambda: evaluate_captions(encoder, split, strict=True))
+            measures.append(lambda: evaluate_captions(encoder, split, strict=True, with_meteor=True))
         for measure in measures:
             try:
                 metrics |= measure().metrics

@@ -40,7 +40,9 @@ def _answers(metrics: dict[str, float], split: str) -> str:
 
 def _captions(metrics: dict[str, float], split: str) -> str:
     """The usual way to print them: times 100."""
-    names = ("BLEU@4", "ROUGE-L", "CIDEr")
+    names = ["BLEU@4", "ROUGE-L", "CIDEr"]
+    if f"{split}/caption/METEOR" in metrics:
+        names.insert(1, "METEOR")
     head = f"{split}: {round(metrics[f'{split}/caption/videos'])} captions, x 100"
     values = [100 * metrics[f"{split}/caption/{name}"] for name in names]
     return (
