@@ -113,7 +113,8 @@ class Row:
 
 
 def read_manifest(path: str) -> Iterator[Row]:
-    """The rows of a manifest, streamed; `*.parquet`, `*.csv`, `*.tsv`, everything else JSON Lines; gzip or not.
+    """The rows of a manifest, streamed; `*.parquet`, `*.csv`, `*.tsv`, everything else JSON Lines or an
+    array; gzip or not.
 
     A row that cannot be meant has a `fault`. Raises ValueError where the manifest is missing, none at all, or wrong as
     a whole: its header, or every one of its first rows.

@@ -1,4 +1,4 @@
-"""Tables in files, as a stream of rows: JSON Lines, CSV, TSV (each in UTF-8 or UTF-16, gzip or not), and Parquet."""
+"""Tables in files, as rows: JSON Lines, a JSON array, CSV, TSV (in UTF-8 or UTF-16, gzip or not), and Parquet."""
 
 import codecs
 import csv
@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
@@ -15,6 +16,8 @@ from hbi.infra import storage
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are held at a time."""
 LONGEST_CELL = 2**27
+HEAD_CHARACTERS, PIECE_CHARACTERS = 4096, 1 << 20
+"""Of JSON: by how much it is told whether it is an array, and so much of one is read at a time."""
 BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -22,6 +25,7 @@ BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+SPACE = re.compile(r"\s*")
 HEADED = (".csv", ".tsv", ".parquet", ".pq")
 """Formats whose columns are the same in every row, known before the first."""
 
@@ -48,7 +52,14 @@ def read_table(path: str) -> Iterator[tuple[str, Any]]:
     try:
         with storage.open_file(path) as stream:
             text = _text(stream)
-            yield from _csv(text, "," if kind == ".csv" else "\t") if kind in HEADED else _json_lines(text)
+            if kind in HEADED:
+                yield from _csv(text, "," if kind == ".csv" else "\t")
+                return
+            head = text.read(HEAD_CHARACTERS)
+            rows = _json_array if re.match(r"\s*\[\s*[{\]]", head) else _json_lines
+            yield from rows(_Resumed(head, text))
+    except _NoArray as error:
+        raise ValueError(f"{path}: {error}") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: its gzip is damaged or incomplete ({error})") from None
     except csv.Error as error:
@@ -73,24 +84,119 @@ def _text(stream: IO[bytes]) -> IO[str]:
     return io.TextIOWrapper(buffered, encoding, errors=errors, newline="")
 
 
-def _json_lines(text: IO[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(text), 1):
+class _Resumed:
+    """A text of which the head was read."""
+
+    def __init__(self, head: str, rest: IO[str]) -> None:
+        self.head, self.rest = head, rest
+
+    def read(self, length: int) -> str:
+        """Some more of it, nothing at its end."""
+        head, self.head = self.head, ""
+        return head or self.rest.read(length)
+
+    def __iter__(self) -> Iterator[str]:
+        *lines, last = self.head.split("\n")
+        yield from (line + "\n" for line in lines)
+        yield last + self.rest.readline()
+        yield from self.rest
+
+
+class _NoArray(ValueError):
+    """A JSON array that breaks off or is none: what follows cannot be told apart."""
+
+
+def _json_array(text: _Resumed) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, a piece of the file held at a time."""
+    array = _Array(text)
+    array.take("[")
+    if not array.takes("]"):
+        while True:
+            array.see()
+            where = f"line {array.line}"
+            yield where, _row(array.element())
+            if array.takes("]"):
+                break
+            array.take(",")
+    if array.see():
+        raise _NoArray(f"line {array.line}: there is more after the end of the JSON array")
+
+
+class _Array:
+    """A place in the text of a JSON array."""
+
+    def __init__(self, text: _Resumed) -> None:
+        self.text, self.held, self.place, self.line = text, "", 0, 1
+        self.decoder = json.JSONDecoder(parse_constant=float)
+
+    def see(self) -> str:
+        """The next character that is no white space, nothing at the end."""
+        while True:
+            end = SPACE.match(self.held, self.place).end()  # pyright: ignore[reportOptionalMemberAccess]
+            self._go(end)
+            if end < len(self.held) or not self._more(PIECE_CHARACTERS):
+                return self.held[self.place : self.place + 1]
+
+    def takes(self, mark: str) -> bool:
+        """Whether the next character is this; goes beyond it if so."""
+        found = self.see() == mark
+        self.place += found
+        return found
+
+    def take(self, mark: str) -> None:
+        """Goes beyond a character that has to be there."""
+        if not self.takes(mark):
+            rest = self.held[self.place :][:20]
+            said = f"{mark} is missing before {rest!r}" if rest else f"it breaks off where {mark} is missing"
+            raise _NoArray(f"line {self.line}: not a JSON array: {said}")
+
+    def element(self) -> Any:
+        """The value that begins here."""
+        length = PIECE_CHARACTERS
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.held, self.place)
+            except (ValueError, RecursionError) as error:
+                if len(self.held) - self.place > LONGEST_CELL or not self._more(length):
+                    said = str(error).split(":")[0]
+                    raise _NoArray(
+                        f"line {self.line}: not JSON ({said}): mend it, or write one object a line"
+                    ) from None
+                length *= 2
+                continue
+            if end == len(self.held) and self._more(length):
+                continue  # a number may go on
+            self._go(end)
+            return value
+
+    def _go(self, place: int) -> None:
+        self.line += self.held.count("\n", self.place, place)
+        self.place = place
+
+    def _more(self, length: int) -> bool:
+        """Reads on; whether there was more."""
+        more = self.text.read(length)
+        self.held, self.place = self.held[self.place :] + more, 0
+        return bool(more)
+
+
+def _row(content: Any) -> Any:
+    if isinstance(content, dict | Unreadable):
+        return content
+    said = json.dumps(content)
+    said = said if len(said) <= 60 else said[:57] + "…"
+    return Unreadable(f'a row is an object such as {{"video": "a.mp4"}}, not {said}')
+
+
+def _json_lines(text: _Resumed) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text, 1):
         if not line.strip():
             continue
         try:
             content = json.loads(line, parse_constant=float)
         except (ValueError, RecursionError) as error:
             content = Unreadable(f"not JSON ({error}): a manifest has one JSON object a line")
-        if not isinstance(content, dict | Unreadable):
-            said = json.dumps(content)
-            said = said if len(said) <= 60 else said[:57] + "…"
-            content = Unreadable(f'a row is an object such as {{"video": "a.mp4"}}, not {said}')
-        yield f"line {number}", content
-
-
-def _lines(text: IO[str]) -> Iterator[str]:
-    """Lines that end with a line feed (a carriage return before it is white space to JSON)."""
-    yield from text
+        yield f"line {number}", _row(content)
 
 
 def _csv(text: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
