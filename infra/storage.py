@@ -15,6 +15,7 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -109,7 +110,8 @@ def _persist(what: str, request: Callable[[], Result]) -> Result:
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
 
-    passing = (OSError, BotoCoreError, ClientError, HttpError)
+    hub = sys.modules.get("httpx")  # by which huggingface_hub speaks
+    passing = (OSError, BotoCoreError, ClientError, HttpError, *((hub.HTTPError,) if hub else ()))
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError)
     refused = (NoCredentialsError, ParamValidationError)
     tries = tenacity.Retrying(
@@ -245,9 +247,7 @@ class _Ranges(io.RawIOBase):
 
 def open_file(path: str) -> IO[bytes]:
     """A file for reading, seekable; remote ones are fetched in ranges as they are read."""
-    if is_remote(path):
-        return io.BufferedReader(_Ranges(path))
-    return Path(_local(path)).open("rb")
+    return io.BufferedReader(_Ranges(path)) if is_remote(path) else Path(_local(path)).open("rb")
 
 
 def read_range(path: str, start: int, length: int) -> bytes:
@@ -378,8 +378,7 @@ def list_sizes(folder: str, recursive: bool = False) -> dict[str, int]:
         depth = None if recursive else 1
         found = _persist(folder, lambda: remote.find(_key(folder), maxdepth=depth, detail=True))
         return {f"s3://{key}": int(info["size"]) for key, info in sorted(found.items())}
-    pattern = "**/*" if recursive else "*"
-    files = (path for path in Path(_local(folder)).glob(pattern) if path.is_file())
+    files = (path for path in Path(_local(folder)).glob("**/*" if recursive else "*") if path.is_file())
     return {str(path): path.stat().st_size for path in sorted(files, key=str)}
 
 

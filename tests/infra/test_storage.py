@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -204,3 +205,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         storage.size("az://container/a.mp4")
     with pytest.raises(ValueError, match=r"ftp:// is not read here: use a local path or one of s3://, gs://"):
         storage.is_remote("ftp://host/a.mp4")
+
+
+def test_a_hub_that_does_not_answer_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setattr(storage, "PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.01)
+        storage._other.cache_clear()
+        with pytest.raises(storage.StorageError, match=r"hf://datasets/a/b/c\.mp4: storage kept failing"):
+            storage.size("hf://datasets/a/b/c.mp4")
+    storage._other.cache_clear()
