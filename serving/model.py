@@ -133,13 +133,14 @@ class Model:
     # --------------------------------------------------------------------------------- captions and answers
 
     @torch.inference_mode()
-    def caption(self, videos: Sequence[Video], beam: int = 4) -> list[str]:
+    def caption(self, videos: Sequence[Video], beam: int = 4, no_repeat: int = 0) -> list[str]:
         """A caption for each video, by beam search (1: the likeliest word, again and again).
 
+        no_repeat: no run of so many tokens is written twice; 0 forbids none.
         ValueError where the model writes no captions.
         """
         self._require("caption")
-        marks, settings = caption_marks(self.tokenizer), DecodeSettings(beam=beam)
+        marks, settings = caption_marks(self.tokenizer), DecodeSettings(beam=beam, no_repeat=no_repeat)
         captions: list[str] = []
         for frames, mask, _ in self._encoded(videos):
             captions += detokenize(self.tokenizer, self.model.write_captions(frames, mask, marks, settings))
@@ -156,7 +157,8 @@ class Model:
         """All answers with their probability, likeliest first.
 
         answers: what may be answered, two or more; none: the model's own list. ValueError where the model answers no
-        questions, or only those of its own list, and for a question that is empty or longer than the model's words.
+        questions, or only those of its own list, and for a question or an answer that is empty or longer than the
+        model's words.
         """
         self._require("qa")
         known = self.model.vocabulary
@@ -167,6 +169,8 @@ class Model:
         closed = self.model.config.answers.head == "published"
         candidates = None
         if not closed or not set(wanted) <= set(known):  # a closed head says itself what it cannot do
+            for answer in answers or ():
+                self._require_short(answer, "answers")
             candidates = self._tokens(wanted, "answers")
         [(frames, frame_mask, _)] = list(self._encoded([video]))
         logits = self.model.answer_logits(ids, mask, frames, frame_mask, candidates)[0]
@@ -247,10 +251,13 @@ class Model:
     def _question(self, question: str) -> tuple[Tensor, Tensor]:
         if not question.strip():
             raise ValueError("question: empty: ask something about the video")
-        length, most = len(self.tokenizer(question)["input_ids"]), self.model.config.words
-        if length > most:
-            raise ValueError(f"question: {length} tokens, the model reads {most}: ask a shorter one")
+        self._require_short(question, "question")
         return self._tokens([question], "question", padded=True)  # as in training: merges count padding
+
+    def _require_short(self, text: str, what: str) -> None:
+        length, most = len(self.tokenizer(text)["input_ids"]), self.model.config.words
+        if length > most:
+            raise ValueError(f"{what}: {length} tokens, the model reads {most}: give a shorter one")
 
     def _require(self, task: str) -> None:
         if task not in self.model.config.heads:

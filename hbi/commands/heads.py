@@ -55,6 +55,8 @@ class Caption:
     """Video files, local or s3://."""
     beam: int = 4
     """Captions that are tried side by side; 1 takes the likeliest word, again and again."""
+    no_repeat: int = 0
+    """Write no run of so many tokens twice: 2 helps a model that stammers; 0 forbids none."""
     tracking: Tracking = None
     """MLflow store of a models:/ name (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)."""
 
@@ -64,7 +66,8 @@ class Caption:
         if not self.videos:
             raise ValueError("VIDEO: none is named: give at least one")
         model = hbi.load(self.model, tracking=self.tracking)
-        for video, caption in zip(self.videos, model.caption(list(self.videos), self.beam), strict=True):
+        captions = model.caption(list(self.videos), self.beam, self.no_repeat)
+        for video, caption in zip(self.videos, captions, strict=True):
             print(caption if len(self.videos) == 1 else f"{video}: {caption}")
 
 

@@ -64,6 +64,20 @@ def _allowed(log_shares: Tensor, marks: Marks, first: bool) -> Tensor:
     return log_shares.index_fill(-1, torch.tensor(forbidden, device=log_shares.device), -torch.inf)
 
 
+def _unrepeated(
+    log_shares: Float[Tensor, "rows vocabulary"], written: Int[Tensor, "rows step"], run: int
+) -> Float[Tensor, "rows vocabulary"]:
+    """Without the words that would end a run of so many tokens which the row has already."""
+    if not run or written.shape[1] < run:
+        return log_shares
+    runs = written.unfold(1, run, 1)
+    again = (runs[:, :, :-1] == written[:, None, written.shape[1] - run + 1 :]).all(-1)
+    rows, places = again.nonzero(as_tuple=True)
+    log_shares = log_shares.clone()
+    log_shares[rows, runs[rows, places, -1]] = -torch.inf
+    return log_shares
+
+
 def greedy(
     decoder: NextWord, videos: int, marks: Marks, settings: DecodeSettings, device: torch.device | None = None
 ) -> Written:
@@ -72,9 +86,12 @@ def greedy(
     ended = torch.zeros(videos, dtype=torch.bool, device=device)
     total = torch.zeros(videos, device=device)
     length = torch.zeros(videos, device=device)
-    columns = []
+    columns: list[Tensor] = []
     for step in range(settings.words):
-        best = _allowed(decoder.next(tokens), marks, step == 0).max(-1)
+        log_shares = _allowed(decoder.next(tokens), marks, step == 0)
+        if columns:
+            log_shares = _unrepeated(log_shares, torch.stack(columns, 1), settings.no_repeat)
+        best = log_shares.max(-1)
         tokens = best.indices.masked_fill(ended, marks.end)
         total = total + best.values.masked_fill(ended, 0.0)
         length = length + ~ended
@@ -101,7 +118,9 @@ def beam_search(
     places = torch.full((videos, 1), beam, device=device)
     first_row = torch.arange(videos, device=device)[:, None] * beam
     for step in range(1, most + 1):
-        log_shares = _allowed(decoder.next(tokens), marks, step == 1).unflatten(0, (videos, beam))
+        log_shares = _allowed(decoder.next(tokens), marks, step == 1)
+        log_shares = _unrepeated(log_shares, written.flatten(0, 1), settings.no_repeat)
+        log_shares = log_shares.unflatten(0, (videos, beam))
         scores, words, parents = _best(open_scores[:, :, None] + log_shares, beam, places)
         written = torch.cat(
             [written.gather(1, parents[:, :, None].expand(-1, -1, step - 1)), words[:, :, None]], 2

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,29 @@ def test_a_beam_that_holds_everything_is_full_enumeration(power: float) -> None:
             best = max(every_sentence(), key=lambda s, v=video, t=table: score(t, v, s, power))
             assert found.ids[video] == without_end(best)
             assert found.scores[video] == pytest.approx(score(table, video, best, power), abs=1e-5)
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_no_run_is_written_twice(run: int) -> None:
+    def repeats(words: tuple[int, ...] | list[int]) -> bool:
+        runs = [tuple(words[i : i + run]) for i in range(len(words) - run + 1)]
+        return len(set(runs)) < len(runs)
+
+    settings = DecodeSettings(beam=150, length_power=0.7, words=LONGEST, no_repeat=run)
+    unlike = 0
+    for seed in range(12):
+        found = beam_search(Table(2, 150, seed), 2, MARKS, settings)
+        free = beam_search(Table(2, 150, seed), 2, MARKS, replace(settings, no_repeat=0))
+        unlike += found.ids != free.ids
+        for video in range(2):
+            table = Table(2, 1, seed)
+            allowed = [sentence for sentence in every_sentence() if not repeats(sentence)]
+            best = max(allowed, key=lambda s, v=video, t=table: score(t, v, s, 0.7))
+            assert found.ids[video] == without_end(best)
+        one = greedy(Table(2, 1, seed), 2, MARKS, settings)
+        assert not any(map(repeats, one.ids))
+        assert one.ids == beam_search(Table(2, 1, seed), 2, MARKS, replace(settings, beam=1)).ids
+    assert unlike
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 4])

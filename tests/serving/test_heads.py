@@ -77,7 +77,7 @@ def test_health_says_what_the_model_does(address: str) -> None:
         ("/answer", {"id": CLIP, "question": " "}, 422, "question: is empty"),
         ("/answer", {"id": CLIP}, 422, "question: Field required"),
         ("/answer", {"question": "what?"}, 422, "id: Field required"),
-        ("/answer", {"id": CLIP, "question": "red " * 40}, 422, "tokens, the model reads 20: ask a shorter one"),
+        ("/answer", {"id": CLIP, "question": "red " * 40}, 422, "tokens, the model reads 20: give a shorter one"),
         ("/answer", {"id": CLIP, "question": "what?", "answers": ["a"]}, 422, "has 1, give at least 2"),
         ("/answer", {"id": CLIP, "question": "what?", "answers": []}, 422, "has 0, give at least 2"),
         ("/answer", {"id": CLIP, "question": "what?", "answers": ["a", "a"]}, 422, "'a' is there more than once"),

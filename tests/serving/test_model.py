@@ -248,7 +248,8 @@ WRONG: list[tuple[str, Callable[[Model, str], Any]]] = [
     ("an array without frames", lambda m, v: m.encode_video([np.zeros((0, 8, 8, 3), np.uint8)])),
     ("text: empty", lambda m, v: m.explain(v, "")),
     ("question: empty", lambda m, v: m.answer(v, " ")),
-    (r"question: \d+ tokens, the model reads 20: ask a shorter one", lambda m, v: m.answer(v, "red " * 40)),
+    (r"question: \d+ tokens, the model reads 20: give a shorter one", lambda m, v: m.answer(v, "red " * 40)),
+    (r"answers: \d+ tokens, the model reads 20", lambda m, v: m.answer(v, "what?", ["a", "red " * 40])),
     (r"none\.mp4: gives no frames", lambda m, v: m.answer("none.mp4", "what?")),
     (r"answers: \['a'\] has 1, give at least 2", lambda m, v: m.answer(v, "what?", ["a"])),
     ("answers: 'a' is there more than once", lambda m, v: m.answer(v, "what?", ["a", "b", "a"])),
@@ -257,6 +258,7 @@ WRONG: list[tuple[str, Callable[[Model, str], Any]]] = [
     ("labels: 'a' is there more than once", lambda m, v: m.classify(v, ["a", "a"])),
     ("template 'video': write {} where the label stands", lambda m, v: m.classify(v, ["a"], "video")),
     ("beam is 0, must be at least 1", lambda m, v: m.caption([v], beam=0)),
+    ("no_repeat is -1, must be at least 0", lambda m, v: m.caption([v], no_repeat=-1)),
 ]
 
 
