@@ -370,9 +370,9 @@ class DecodeSettings:
     words: int = 22
     """Most tokens of a caption, its end included; a model with fewer positions writes fewer."""
     no_repeat: int = 0
-    """No run of so many tokens is written twice in a caption; 0 forbids none. 2 helps a weak model (CIDEr 87 for 72 with
-    a beam of 4, 91 for 53 with a beam of 1: 40 test clips of `hbi demo --clips 400`, once); captions that rightly name
-    a thing twice are lost with it."""
+    """No run of so many tokens is written twice in a caption; 0 forbids none. 2 helps a weak model (CIDEr 87 for 72
+    with a beam of 4, 91 for 53 with a beam of 1: 40 test clips of `hbi demo --clips 400`, once); captions that rightly
+    name a thing twice are lost with it."""
 
     def __post_init__(self) -> None:
         _positive(self, "beam words")
