@@ -30,6 +30,8 @@ TO_BT709 = {
 """Linear RGB of a gamut to that of BT.709, by H.273's numbers of the primaries."""
 HLG_WHITE = 0.26496
 """Scene light of HLG's reference white, a signal of 0.75."""
+HLG_GAMMA = 1.2
+"""What HLG's display of 1000 cd/m² adds to the contrast of the scene."""
 PQ_WHITE = 203.0
 """PQ's reference white, in cd/m²."""
 KNEE = 0.75
@@ -81,18 +83,17 @@ def range_of(frame: "VideoFrame") -> int:
 def tone_map(signal: np.ndarray, transfer: int, gamut: int) -> np.ndarray:
     """HLG or PQ, float [height, width, 3] from 0 to 1, as uint8 RGB of BT.709.
 
-    HLG is scene light, and BT.709's camera curve makes of it what a camera of that standard would have; PQ is the light
-    of a display, and the inverse of BT.1886 makes of it what such a display is to be sent.
+    PQ is the light of a display; HLG is that of the scene, of which a display makes its own by a gamma of 1.2 (BT.2100),
+    here of each colour by itself, as FFmpeg's zscale has it. The inverse of BT.1886 makes of either what a display of
+    BT.709 is to be sent.
     """
-    light = hlg_light(signal) / HLG_WHITE if transfer == HLG else pq_light(signal) / PQ_WHITE
+    light = (hlg_light(signal) / HLG_WHITE) ** HLG_GAMMA if transfer == HLG else pq_light(signal) / PQ_WHITE
     if gamut in TO_BT709:
         light = light @ TO_BT709[gamut].T.astype(np.float32)
     light = np.maximum(light, 0)
     peak = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
     over, room = np.maximum(peak - KNEE, 0), 1 - KNEE
     light = light * ((np.minimum(peak, KNEE) + room * over / (over + room)) / peak)
-    if transfer == HLG:
-        return _bytes(np.where(light < 0.018, 4.5 * light, 1.099 * light**0.45 - 0.099))
     return _bytes(light ** (1 / 2.4))
 
 

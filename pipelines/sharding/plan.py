@@ -21,8 +21,9 @@ FOLDER = ".plan"
 PART_BYTES = 32 * 2**20
 """Planned rows lie in parts of about this size, many shards in one: a million clips make some twenty files."""
 DIGEST_BYTES = 2**20
-VERSION = 2
-"""Of what decides the bytes of a shard beside its settings. 2: pictures as players show them, with words of it."""
+VERSION = 3
+"""Of what decides the bytes of a shard beside its settings. 2: pictures as players show them, with words of it.
+3: HLG by a display's light."""
 
 
 @dataclass(frozen=True)
