@@ -83,9 +83,9 @@ def range_of(frame: "VideoFrame") -> int:
 def tone_map(signal: np.ndarray, transfer: int, gamut: int) -> np.ndarray:
     """HLG or PQ, float [height, width, 3] from 0 to 1, as uint8 RGB of BT.709.
 
-    PQ is the light of a display; HLG is that of the scene, of which a display makes its own by a gamma of 1.2 (BT.2100),
-    here of each colour by itself, as FFmpeg's zscale has it. The inverse of BT.1886 makes of either what a display of
-    BT.709 is to be sent.
+    PQ is the light of a display; HLG is that of the scene, of which a display makes its own by a gamma of 1.2
+    (BT.2100), here of each colour by itself, as FFmpeg's zscale has it. The inverse of BT.1886 makes of either what a
+    display of BT.709 is to be sent.
     """
     light = (hlg_light(signal) / HLG_WHITE) ** HLG_GAMMA if transfer == HLG else pq_light(signal) / PQ_WHITE
     if gamut in TO_BT709:

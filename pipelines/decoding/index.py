@@ -171,7 +171,7 @@ def cued_timeline(
         found,
         rate=ends.rate,
         tail=ends.tail,
-        length=container.duration / 1e6,
+        length=(container.duration or 0) / 1e6,
         span=(ends.first - begin, ends.last - begin),
     )
 

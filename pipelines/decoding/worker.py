@@ -93,9 +93,9 @@ def _video(
 def _answer(
     request: dict[str, Any], data: bytes | str | Pieces, films: LastFilm, trying: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[bytes]]:
-    if request["task"] == "probe":
+    if request["task"] == "probe" and not isinstance(data, Pieces):
         return asdict(probe(data)), []
-    if request["task"] == "cuts":
+    if request["task"] == "cuts" and not isinstance(data, Pieces):
         return {
             "cuts": find_cuts(small_frames(data, CUT_SIDE), request["threshold"], request["min_seconds"])
         }, []
