@@ -77,3 +77,9 @@ def test_step() -> None:
 def test_tracking() -> None:
     found = bench("tracking", "--calls", "3", "--step-milliseconds", "0.1")
     assert {"none", "http, server dead: Tracker.metrics"} <= found.keys()
+
+
+def test_films() -> None:
+    found = bench("films", "--minutes", "1", "--clips", "2", "--repeats", "1")
+    assert found.keys() == {"film_megabytes", "local_dense", "local_sparse"}
+    assert all(found[kind]["ours_megabytes"] > 1 and found[kind]["cpu_ratio"] > 0 for kind in list(found)[1:])
