@@ -226,6 +226,8 @@ class ModelConfig:
     """Frames of a clip."""
     temporal_layers: int = 4
     """Blocks of the transformer over frames; 0: frames stay apart."""
+    temporal_window: int = 0
+    """How many neighbours on either side a frame sees in each of those blocks; 0: all frames."""
     word_ratios: tuple[float, float] = (0.25, 0.5)
     """Words kept by each of the two merges: entity to action, action to event."""
     frame_ratios: tuple[float, float] = (0.25, 0.5)
@@ -257,6 +259,8 @@ class ModelConfig:
             )
         if self.temporal_layers < 0:
             raise ValueError(f"ModelConfig.temporal_layers is {self.temporal_layers}, must be at least 0")
+        if self.temporal_window < 0:
+            raise ValueError(f"ModelConfig.temporal_window is {self.temporal_window}, must be at least 0")
         for name in ("word_ratios", "frame_ratios"):
             ratios = getattr(self, name)
             if len(ratios) != 2 or not all(0 < ratio <= 1 for ratio in ratios):

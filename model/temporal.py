@@ -33,6 +33,7 @@ class TemporalTransformer(nn.Module):
         self.positions = nn.Embedding(max(towers.context, config.frames), towers.dim)
         self.layers = nn.ModuleList(CLIPEncoderLayer(settings) for _ in range(config.temporal_layers))
         self.checkpointing = False
+        self.window = config.temporal_window
         nn.init.normal_(self.positions.weight, std=0.02)
         if shared:
             with torch.no_grad():
@@ -51,5 +52,11 @@ class TemporalTransformer(nn.Module):
         if n > len(self.positions.weight):
             raise ValueError(f"video: {n} frames, the model has positions for {len(self.positions.weight)}")
         seen = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
+        seen = seen.expand(-1, 1, n, -1)
+        if self.window:
+            place = torch.arange(n, device=frames.device)
+            near = (place[:, None] - place).abs() <= self.window
+            # A frame always sees itself: one whose neighbours are absent has nothing else.
+            seen = (seen & near) | torch.eye(n, dtype=torch.bool, device=frames.device)
         hidden = frames + self.positions.weight[:n]
-        return frames + run_layers(self.layers, hidden, seen.expand(-1, 1, n, -1), self.checkpointing)
+        return frames + run_layers(self.layers, hidden, seen, self.checkpointing)

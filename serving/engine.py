@@ -16,6 +16,7 @@ from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.frames import from_jpegs
 from hbi.model.hbi import NO_RECONSTRUCTION
+from hbi.model.moments import moment
 from hbi.model.tokenizer import load_tokenizer
 from hbi.model.tokens import Tokens
 from hbi.model.weights import load_model
@@ -23,7 +24,7 @@ from hbi.pipelines.decoding.clip import Clip as DecodedClip
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows
-from hbi.serving.explain import by_word, interactions, moment
+from hbi.serving.explain import by_word, interactions
 from hbi.serving.index.rows import Clip, labelled, rows_of
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
@@ -127,7 +128,7 @@ class Engine:
         with torch.inference_mode():
             found = interaction_of(self.model.model, text, video)[0].float().cpu()
         tokens = found[:, : len(clip.timestamps)]
-        first, last = moment(tokens, clip.timestamps, clip.end)
+        first, last = moment(tokens.sum(0), clip.timestamps, clip.end)
         return {
             "id": id,
             "words": sentence.words,
@@ -239,7 +240,7 @@ class Engine:
             return {}
         all_of = interactions(query, self._tokens(snapshot, [row for _, row, _ in results]))
         return {
-            row: list(moment(interaction[:, : len(clip.timestamps)], clip.timestamps, clip.end))
+            row: list(moment(interaction.sum(0), clip.timestamps, clip.end))
             for interaction, (_, row, clip) in zip(all_of, results, strict=True)
         }
 

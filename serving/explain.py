@@ -1,4 +1,4 @@
-"""Why a clip was found: the interaction of each word with each frame, and the moment that it speaks of."""
+"""Why a clip was found: the interaction of each word with each frame."""
 
 import torch
 from jaxtyping import Float
@@ -30,23 +30,3 @@ def by_word(
     """The rows of a word's pieces added up."""
     words = torch.zeros(max(word_of_token) + 1, interaction.shape[1], dtype=interaction.dtype)
     return words.index_add(0, torch.tensor(word_of_token), interaction)
-
-
-def moment(
-    interaction: Float[Tensor, "words frames"], timestamps: list[float], end: float
-) -> tuple[float, float]:
-    """The run of frames whose interaction with all words, above the clip's mean, adds up to the most; in seconds.
-
-    It ends where the next frame is shown, or where the clip ends.
-    """
-    gains = interaction[:, : len(timestamps)].sum(0)
-    gains = (gains - gains.mean()).tolist()
-    best, first, last = -float("inf"), 0, 0
-    for i in range(len(gains)):
-        total = 0.0
-        for j in range(i, len(gains)):
-            total += gains[j]
-            if total > best + 1e-12:
-                best, first, last = total, i, j
-    until = timestamps[last + 1] if last + 1 < len(timestamps) else max(end, timestamps[last])
-    return timestamps[first], until

@@ -22,12 +22,14 @@ class Corpus:
     """How many clips."""
     seed: int = 0
     """The same seed gives the same bytes."""
+    kind: Literal["stories", "moments"] = "stories"
+    """What the clips play. moments: each thing is in view while its clause plays and at no other time."""
 
     def run(self) -> None:
         from hbi.commands.progress import progress_bar
         from hbi.pipelines.corpus.make import make_corpus
 
-        making = make_corpus(self.out, self.clips, self.seed)
+        making = make_corpus(self.out, self.clips, self.seed, self.kind)
         with progress_bar("corpus", self.clips) as bar:
             for done in making:
                 bar.update(done - bar.n)

@@ -1,5 +1,8 @@
 """What is said of a script: captions in three ways, and questions that the script decides."""
 
+from typing import Any
+
+from hbi.pipelines.corpus.render import clause_times
 from hbi.pipelines.corpus.scripts import ACTIONS, Script
 
 
@@ -12,6 +15,12 @@ def caption(script: Script, style: int = 0) -> str:
         return told[0] if len(told) == 1 else "first " + " and after that ".join(told)
     told = [f"the {c.entity} {c.action}" for c in reversed(script)]
     return " after ".join(told)
+
+
+def moments(script: Script) -> list[dict[str, Any]]:
+    """Each clause in words, with its times in seconds, in the order in which they play."""
+    each = [(caption((clause,)), *clause_times(number)) for number, clause in enumerate(script)]
+    return [{"text": text, "start": start, "end": end} for text, start, end in each]
 
 
 def questions(script: Script) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hbi.pipelines.corpus.scripts import COLOURS, SHAPES, Clause, Script
+from hbi.pipelines.corpus.scripts import COLOURS, SHAPES, Clause, Kind, Script
 
 SIDE = 96
 """Width and height of a clip in pixels."""
@@ -25,7 +25,8 @@ BACKGROUNDS = ("plain", "stripes", "checks", "clouds")
 class Scene:
     """Where each entity of a script is, how large, at what angle, and whether it is seen."""
 
-    def __init__(self, script: Script, rng: np.random.Generator) -> None:
+    def __init__(self, script: Script, rng: np.random.Generator, kind: Kind = "stories") -> None:
+        self.kind = kind
         self.entities = sorted({clause.entity for clause in script}, key=str)
         spots = [(x, y) for x in (0.3, 0.7) for y in (0.3, 0.7)]
         rng.shuffle(spots)
@@ -36,7 +37,8 @@ class Scene:
         self.sizes = {entity: float(rng.uniform(0.17, 0.2)) for entity in self.entities}
         self.turns = dict.fromkeys(self.entities, 0.0)
         self.seen = {
-            entity: next(clause.action for clause in script if clause.entity == entity) != "appears"
+            entity: kind == "stories"
+            and next(clause.action for clause in script if clause.entity == entity) != "appears"
             for entity in self.entities
         }
         self.background = _background(rng, {entity.colour for entity in self.entities})
@@ -67,6 +69,7 @@ class Scene:
         toward = np.array(STEPS.get(clause.action, (0, 0)))
         room = np.where(toward > 0, 0.88 - centre, centre - 0.12)
         way = toward * np.clip(room, 0.25, 0.4)
+        self.seen[entity] |= self.kind == "moments"
         for step in range(1, CLAUSE_FRAMES + 1):
             part = step / CLAUSE_FRAMES
             match clause.action:
@@ -83,15 +86,22 @@ class Scene:
                 case _:
                     self.centres[entity] = centre + way * part
             yield self.draw()
+        self.seen[entity] &= self.kind == "stories"
 
 
-def render(script: Script, rng: np.random.Generator) -> list[np.ndarray]:
+def render(script: Script, rng: np.random.Generator, kind: Kind = "stories") -> list[np.ndarray]:
     """The script as frames, uint8 [SIDE, SIDE, 3] each."""
-    scene = Scene(script, rng)
+    scene = Scene(script, rng, kind)
     frames = [scene.draw()] * STILL_FRAMES
     for clause in script:
         frames += scene.play(clause)
-    return frames + [frames[-1]] * STILL_FRAMES
+    return frames + [scene.draw()] * STILL_FRAMES
+
+
+def clause_times(number: int) -> tuple[float, float]:
+    """When a clause, counted from 0, plays: start and end in seconds."""
+    first = STILL_FRAMES + number * CLAUSE_FRAMES
+    return first / FPS, (first + CLAUSE_FRAMES) / FPS
 
 
 def _background(rng: np.random.Generator, taken: set[str]) -> Image.Image:

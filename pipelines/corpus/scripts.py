@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
+
+Kind = Literal["stories", "moments"]
+"""`stories`: one to three clauses about one or two things, which mostly stay in view. `moments`: three or four clauses,
+each about a thing of its own that is in view while its clause plays and at no other time."""
 
 FAMILY = 4
 """Scripts of a family: the first, and three that are nearly like it."""
@@ -61,18 +66,23 @@ class Clause:
 Script = tuple[Clause, ...]
 
 
-def make_scripts(clips: int, seed: int) -> list[Script]:
-    """One script a clip, all different, in families of four that differ from their first in one word or in order."""
+def make_scripts(clips: int, seed: int, kind: Kind = "stories") -> list[Script]:
+    """One script a clip, all different, in families of four.
+
+    Of a family of stories, three differ from the first in one word or in the order of two clauses; of moments, in the
+    order of two clauses or in a word that two clauses have exchanged, so that all four are told with the same words.
+    """
     rng = np.random.default_rng([seed, 1])
+    new, near = (_script, _sibling) if kind == "stories" else (_moments, _exchanged)
     seen: set[Script] = set()
     scripts: list[Script] = []
     while len(scripts) < clips:
-        first = _script(rng)
+        first = new(rng)
         family = [first]
         for _ in range(64):
             if len(family) == FAMILY:
                 break
-            sibling = _sibling(rng, first)
+            sibling = near(rng, first)
             if can_be_seen(sibling) and sibling not in family and sibling not in seen:
                 family.append(sibling)
         if first not in seen and len(family) == FAMILY:
@@ -115,6 +125,45 @@ def _sibling(rng: np.random.Generator, script: Script) -> Script:
             swapped[which], swapped[other] = swapped[other], swapped[which]
             return tuple(swapped)
     return tuple(replace(c, entity=entity) if c.entity == clause.entity else c for c in script)
+
+
+def _moments(rng: np.random.Generator) -> Script:
+    """Three or four clauses, each of another thing."""
+    while True:
+        clauses = [
+            Clause(_entity(rng), str(rng.choice(list(ACTIONS)))) for _ in range(int(rng.integers(3, 5)))
+        ]
+        if can_be_seen(tuple(clauses)) and len({clause.entity for clause in clauses}) == len(clauses):
+            return tuple(clauses)
+
+
+def _exchanged(rng: np.random.Generator, script: Script) -> Script:
+    """The same words: two clauses, or the colours, the shapes or the actions of two, exchanged.
+
+    Where that would make two things alike, the script as it is.
+    """
+    one, other = rng.choice(len(script), 2, replace=False).tolist()
+    first, second = script[one], script[other]
+    mine, theirs = first.entity, second.entity
+    match int(rng.integers(4)):
+        case 0:
+            pair = (
+                Clause(replace(mine, colour=theirs.colour), first.action),
+                Clause(replace(theirs, colour=mine.colour), second.action),
+            )
+        case 1:
+            pair = (
+                Clause(replace(mine, shape=theirs.shape), first.action),
+                Clause(replace(theirs, shape=mine.shape), second.action),
+            )
+        case 2:
+            pair = Clause(mine, second.action), Clause(theirs, first.action)
+        case _:
+            pair = second, first
+    clauses = list(script)
+    clauses[one], clauses[other] = pair
+    alike = len({clause.entity for clause in clauses}) < len(clauses)
+    return script if alike else tuple(clauses)
 
 
 def can_be_seen(script: Script) -> bool:

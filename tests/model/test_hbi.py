@@ -1,5 +1,7 @@
 """The assembled model: padding, batches, errors, gradients, checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -171,6 +173,31 @@ def detached(encoded: Encoded) -> Encoded:
 
     predicted = {level: part.detach() for level, part in encoded.predicted.items()}
     return Encoded(cut(encoded.text), cut(encoded.video), predicted, encoded.logit_scale.detach(), {})
+
+
+def test_in_a_window_a_frame_is_told_by_its_neighbours_alone() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, temporal_layers=1, temporal_window=1)
+    model = HBI(config).eval()
+    frames, present = torch.randn(2, 8, 32), torch.ones(2, 8, dtype=torch.bool)
+    present[1, 5] = False
+    with torch.no_grad():
+        seen = model.over_time(frames, present)
+        for changed in (0, 7):
+            other = frames.clone()
+            other[:, changed] += 1
+            moved = (model.over_time(other, present) != seen).any(-1)
+            near = (torch.arange(8) - changed).abs() <= 1
+            assert torch.equal(moved, near.expand(2, 8))
+        other = frames.clone()
+        other[1, 5] += 1  # absent: nobody sees it but itself
+        assert (model.over_time(other, present) != seen).any(-1).nonzero().tolist() == [[1, 5]]
+        wide = HBI(replace(config, temporal_window=7)).eval()
+        wide.load_state_dict(model.state_dict())
+        full = HBI(replace(config, temporal_window=0)).eval()
+        full.load_state_dict(model.state_dict())
+        everyone = torch.ones(2, 8, dtype=torch.bool)
+        assert torch.equal(wide.over_time(frames, everyone), full.over_time(frames, everyone))
 
 
 @pytest.mark.parametrize("masking", ["exact", "published"])

@@ -9,8 +9,8 @@ import pytest
 
 from hbi.pipelines.corpus.captions import caption
 from hbi.pipelines.corpus.make import make_corpus
-from hbi.pipelines.corpus.render import CLAUSE_FRAMES, STILL_FRAMES, render
-from hbi.pipelines.corpus.scripts import Clause, Entity, make_scripts
+from hbi.pipelines.corpus.render import CLAUSE_FRAMES, FPS, STILL_FRAMES, render
+from hbi.pipelines.corpus.scripts import COLOURS, Clause, Entity, make_scripts
 
 
 def made(out: Path, **settings) -> list[dict]:
@@ -82,3 +82,31 @@ def test_the_entity_does_the_action(action: str, holds) -> None:
 def test_too_few_clips_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--clips 5"):
         list(make_corpus(str(tmp_path), clips=5))
+
+
+def test_of_moments_each_thing_is_seen_in_its_own_alone(tmp_path: Path) -> None:
+    rows = made(tmp_path, clips=12, seed=1, kind="moments")
+    scripts = make_scripts(12, 1, "moments")
+    for number, (row, script) in enumerate(zip(rows, scripts, strict=True)):
+        assert " then ".join(moment["text"] for moment in row["moments"]) == row["captions"][0]
+        frames = render(script, np.random.default_rng([1, 2, number]), "moments")
+        nothing = frames[0]
+        for clause, moment in zip(script, row["moments"], strict=True):
+            colour = np.array(COLOURS[clause.entity.colour])
+            for i, frame in enumerate(frames):
+                seen = (np.abs(frame.astype(int) - colour).max(-1) < 12) & (frame != nothing).any(-1)
+                others = [c.entity.colour for c in script if c is not clause]
+                if not moment["start"] <= i / FPS < moment["end"] and clause.entity.colour not in others:
+                    assert not seen.any(), (number, clause, i)
+            first = round(moment["start"] * FPS)
+            assert any((frame != nothing).any() for frame in frames[first : first + CLAUSE_FRAMES])
+
+
+def test_of_moments_a_family_is_told_with_the_same_words() -> None:
+    scripts = make_scripts(200, 0, "moments")
+    assert len(set(scripts)) == 200
+    for first in range(0, 200, 4):
+        told = {tuple(sorted(caption(script).split())) for script in scripts[first : first + 4]}
+        assert len(told) == 1
+        for script in scripts[first : first + 4]:
+            assert 3 <= len(script) <= 4 and len({clause.entity for clause in script}) == len(script)
