@@ -49,7 +49,8 @@ SHOWN = {
     "probe/word": "one word", "explain/frames/token interaction/deletion": "deletion, interaction",
     "explain/frames/similarity/deletion": "deletion, similarity",
     "explain/frames/input values/deletion": "deletion, input values",
-    "explain/pointing/token interaction": "pointing, interaction", "explain/pointing/similarity": "pointing, similarity",
+    "explain/pointing/token interaction": "pointing, interaction",
+    "explain/pointing/similarity": "pointing, similarity",
     "explain/pointing/input values": "pointing, input", "explain/moment/input values/IoU": "IoU, input",
 }  # fmt: skip
 

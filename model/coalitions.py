@@ -19,9 +19,8 @@ from torch import Tensor
 from hbi.model.hbi import HBI
 from hbi.model.levels import LEVELS
 
-ENUMERATED_PLAYERS = 10
-"""Up to so many players of a side all their coalitions are scored; of more, `SAMPLED_COALITIONS`."""
-SAMPLED_COALITIONS = 1024
+COALITIONS = 1024
+"""Of a side so many are scored at most: all of few players, a random sample of more."""
 WORD_PRESENCE = 0.5
 """How likely each other word is in a coalition: Banzhaf's own."""
 FRAME_PRESENCE = 0.3
@@ -58,15 +57,20 @@ class Coalitions(NamedTuple):
         return self.weights[:, None] * there.to(self.weights.dtype)
 
 
-def coalitions(players: int, presence: float, seed: int = 0) -> Coalitions:
-    """All 2^players sets, bit i of a row's number saying that player i is in it; or of many players a random sample."""
-    if players <= ENUMERATED_PLAYERS:
+def coalitions(players: int, presence: float, most: int = COALITIONS, seed: int = 0) -> Coalitions:
+    """All 2^players sets, bit i of a row's number saying that player i is in it; or, if more, a sample of `most`."""
+    if 2**players <= most:
         sets = (torch.arange(2**players)[:, None] >> torch.arange(players)) & 1 == 1
         size = sets.sum(1)
         return Coalitions(sets, presence ** size.double() * (1 - presence) ** (players - size), presence)
+    return sampled_coalitions(players, presence, most, seed)
+
+
+def sampled_coalitions(players: int, presence: float, most: int, seed: int = 0) -> Coalitions:
+    """`most` sets, each player in it by chance."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(SAMPLED_COALITIONS, players, generator=generator) < presence
-    weights = torch.full((SAMPLED_COALITIONS + 1,), 1 / SAMPLED_COALITIONS, dtype=torch.float64)
+    drawn = torch.rand(most, players, generator=generator) < presence
+    weights = torch.full((most + 1,), 1 / most, dtype=torch.float64)
     weights[-1] = 0.0
     return Coalitions(torch.cat([drawn, torch.ones(1, players, dtype=torch.bool)]), weights, presence)
 
@@ -99,15 +103,17 @@ def importance(
     input_ids: Int[Tensor, " tokens"],
     word_of_token: Int[Tensor, " tokens"],
     frames: Float[Tensor, "frames dim"],
+    most: int = COALITIONS,
 ) -> Importance:
     """Values of words and frames and their interactions in the game on what goes in.
 
-    word_of_token: which word each token is a piece of, counted from 0; -1 for the marks. Each is a mean over coalitions
-    that all come from one matrix of scores: exact with few players, since all coalitions are there; with many an
-    estimate, in which one sample serves all players (Wang and Jia 2023, "Data Banzhaf").
+    word_of_token: which word each token is a piece of, counted from 0; -1 for the marks. most: coalitions of a side.
+    Each value is a mean over coalitions that all come from one matrix of scores: exact with few players, since all
+    coalitions are there; with many an estimate, in which one sample serves all players (Wang and Jia 2023, "Data
+    Banzhaf").
     """
     count = int(word_of_token.max()) + 1
-    words, seen = coalitions(count, WORD_PRESENCE), coalitions(len(frames), FRAME_PRESENCE)
+    words, seen = coalitions(count, WORD_PRESENCE, most), coalitions(len(frames), FRAME_PRESENCE, most)
     token_sets = tokens_of(words.sets.to(frames.device), word_of_token)
     scores = (
         coalition_scores(model, input_ids, token_sets, frames, seen.sets.to(frames.device)).double().cpu()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Num
 from PIL import Image
+from torch import Tensor
 
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import tokenize
@@ -26,6 +27,8 @@ class Sentence:
 
     tokens: Tokens
     """Entity-level word tokens, [1, words, dim]."""
+    ids: list[int]
+    """What the model read."""
     words: list[str]
     """The words as written, one a row of an explanation."""
     word_of_token: list[int]
@@ -45,15 +48,19 @@ def model_digest(folder: str) -> str:
 
 
 @torch.inference_mode()
-def encode_video(model: HBI, images: Num[np.ndarray, "batch frames h w 3"]) -> Tokens:
-    """Entity-level frame tokens of clips of equal length, float16 unit vectors; uint8 images of the model's size."""
+def encode_video(model: HBI, images: Num[np.ndarray, "batch frames h w 3"]) -> tuple[Tokens, Tensor]:
+    """What the index keeps of clips of equal length; uint8 images of the model's size.
+
+    Entity-level frame tokens, float16 unit vectors, by which they are found; and each frame by itself as
+    `HBI.encode_frames` has it, float16 [batch, frames, dim], by which a match is explained.
+    """
     device = next(model.parameters()).device
     video = torch.from_numpy(images).to(device)
     mask = torch.ones(video.shape[:2], dtype=torch.bool, device=device)
-    tokens, logits, mask = model.video_levels(model.encode_video(video, mask), mask)["entity"]
-    return Tokens(
-        torch.nn.functional.normalize(tokens, dim=-1).half().cpu(), logits.float().cpu(), mask.cpu()
-    )
+    frames = model.encode_frames(video)
+    tokens, logits, mask = model.video_levels(model.over_time(frames, mask), mask)["entity"]
+    unit = torch.nn.functional.normalize(tokens, dim=-1).half().cpu()
+    return Tokens(unit, logits.float().cpu(), mask.cpu()), frames.half().cpu()
 
 
 @torch.inference_mode()
@@ -71,18 +78,22 @@ def encode_sentences(model: HBI, tokenizer: Any, texts: Sequence[str]) -> list[S
         length = int(mask[i].sum())
         words, of_token = words_of(tokenizer, ids[i, :length].tolist())
         own = Tokens(*(part[i : i + 1, :length] for part in tokens))
-        sentences.append(Sentence(own, words, of_token, len(whole[i]) > length))
+        sentences.append(Sentence(own, ids[i, :length].tolist(), words, of_token, len(whole[i]) > length))
     return sentences
 
 
-def encoded_rows(tokens: Tokens, jpegs: Sequence[Sequence[bytes]], pixels: int) -> list[Encoded]:
-    """What the index keeps of each clip. jpegs: its frames; pixels: side of the thumbnails, 0 for none."""
+def encoded_rows(
+    tokens: Tokens, frames: Tensor, jpegs: Sequence[Sequence[bytes]], pixels: int
+) -> list[Encoded]:
+    """What the index keeps of each clip. tokens, frames: of `encode_video`; jpegs: the frames; pixels: side of the
+    thumbnails, 0 for none."""
     rows = []
-    for i, frames in enumerate(jpegs):
+    for i, pictures in enumerate(jpegs):
         present = tokens.mask[i]
         own, logits = tokens.tokens[i][present].numpy(), tokens.logits[i][present].numpy()
-        small = [thumbnail(frame, pixels) for frame in frames] if pixels else []
-        rows.append(Encoded(own, logits, *segments_of(own.astype(np.float32), logits), small))
+        small = [thumbnail(frame, pixels) for frame in pictures] if pixels else []
+        segments = segments_of(own.astype(np.float32), logits)
+        rows.append(Encoded(own, logits, *segments, small, frames[i][present].numpy()))
     return rows
 
 

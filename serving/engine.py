@@ -37,6 +37,8 @@ FRESH_SECONDS = 1.0
 """How old a version of the index may be that is searched."""
 RERANKED = 50
 """Best clips of a search that are scored again where that is asked for."""
+EXPLAINED = 256
+"""Coalitions of words, and of frames, that an explanation scores at most: each is a short pass of the model."""
 MOMENTS = 100
 """Results of an answer that say which moment they speak of; further ones give the whole clip."""
 
@@ -114,11 +116,12 @@ class Engine:
     def find_example(self, place: str, page: Page) -> dict[str, Any]:
         """The clips that are most like a video."""
         frames, _ = self._decode(Span(place))
-        tokens = encode_video(self.model.model, from_jpegs(frames)[None])
+        tokens, _ = encode_video(self.model.model, from_jpegs(frames)[None])
         return self._ranked(Tokens(tokens.tokens.float(), tokens.logits, tokens.mask), page)
 
     def explain(self, sentence: Sentence, id: str) -> dict[str, Any]:
-        """The interaction of each word with each frame of one clip, and the moment that they speak of."""
+        """Why one clip fits: what each word and each frame is good for in the game on what goes in, the interaction of
+        each word with each frame, and the moment that the frames name."""
         snapshot, row = self._held(id)
         clip = snapshot.clips([row])[0]
         text, video = (
@@ -128,12 +131,20 @@ class Engine:
         with torch.inference_mode():
             found = interaction_of(self.model.model, text, video)[0].float().cpu()
         tokens = found[:, : len(clip.timestamps)]
-        first, last = moment(tokens.sum(0), clip.timestamps, clip.end)
+        try:
+            frames = torch.from_numpy(snapshot.frames(row).astype(np.float32)).to(self.model.device)
+        except KeyError:
+            raise Refused(404, f"no video {id!r}") from None
+        ids = torch.tensor(sentence.ids, device=self.model.device)
+        word_values, frame_values = self.model.values(ids, sentence.word_of_token, frames, EXPLAINED)
+        first, last = moment(torch.from_numpy(frame_values), clip.timestamps, clip.end)
         return {
             "id": id,
             "words": sentence.words,
             "times": clip.timestamps,
             "interaction": by_word(tokens, sentence.word_of_token).tolist(),
+            "word_values": word_values.tolist(),
+            "frame_values": frame_values.tolist(),
             "moment": [first, last],
             "note": self._note(sentence),
         }
@@ -141,7 +152,7 @@ class Engine:
     def rows(self, new: NewClip) -> Any:
         """A new clip as a row of the table, cut and encoded as the index's clips were: an Arrow table."""
         frames, decoded = self._decode(new.clip)
-        tokens = encode_video(self.model.model, from_jpegs(frames)[None])
+        encoded = encode_video(self.model.model, from_jpegs(frames)[None])
         clip = Clip(
             id=new.id,
             video=new.video,
@@ -152,7 +163,7 @@ class Engine:
             source=new.clip.place,
             part=new.part,
         )
-        return rows_of([clip], encoded_rows(tokens, [frames], self.thumbnail_pixels))
+        return rows_of([clip], encoded_rows(*encoded, [frames], self.thumbnail_pixels))
 
     def answer(self, clip: Span, question: str, answers: Sequence[str] | None) -> list[tuple[str, float]]:
         """The answers to a question about a clip with their probability, likeliest first: `Model.rank_answers`."""

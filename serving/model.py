@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hbi.model.banzhaf import exact_interaction
-from hbi.model.coalitions import importance
+from hbi.model.coalitions import COALITIONS, importance
 from hbi.model.config import DecodeSettings, FrameSettings
 from hbi.model.frames import resize_crop, sample_indices
 from hbi.model.hbi import HBI
@@ -194,25 +194,29 @@ class Model:
         written, of_token = words_of(self.tokenizer, ids[0].tolist())
         table = torch.zeros(len(written), len(images))
         table.index_add_(0, torch.tensor(of_token), found[0, :, : len(images)].float().cpu())
-        word_values, frame_values = self._values(ids[0], of_token, images)
+        alone = self.model.encode_frames(torch.from_numpy(images)[None].to(self.device))[0]
+        word_values, frame_values = self.values(ids[0], of_token, alone)
         return Explanation(written, times, table.numpy(), word_values, frame_values, images)
 
     @torch.inference_mode()
-    def _values(
+    def values(
         self,
         ids: Int[Tensor, " tokens"],
         of_token: list[int],
-        images: UInt8[np.ndarray, "frames size size 3"],
+        frames: Float[Tensor, "frames dim"],
+        most: int = COALITIONS,
     ) -> tuple[Float[np.ndarray, " words"], Float[np.ndarray, " frames"]]:
-        """Values of the words, marks among them with 0, and of the frames."""
+        """Values of the words, marks among them with 0, and of the frames; see `hbi.model.coalitions.importance`.
+
+        of_token: of `words_of`; frames: of `HBI.encode_frames`; most: coalitions of a side.
+        """
         marks = set(self.tokenizer.all_special_ids)
         players = sorted(
             {word for word, token in zip(of_token, ids.tolist(), strict=True) if token not in marks}
         )
         number = {word: place for place, word in enumerate(players)}
         numbers = torch.tensor([number.get(word, -1) for word in of_token], device=self.device)
-        frames = self.model.encode_frames(torch.from_numpy(images)[None].to(self.device))[0]
-        found = importance(self.model, ids, numbers, frames)
+        found = importance(self.model, ids, numbers, frames, most)
         word_values = np.zeros(max(of_token) + 1, np.float32)
         word_values[players] = found.words.numpy()
         return word_values, found.frames.numpy()

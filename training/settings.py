@@ -36,6 +36,9 @@ class DataSettings:
     """Shards over which samples are shuffled; also the shards that a loader worker holds open."""
     workers: int = 2
     """Loader processes of each training worker; 0 reads in the training process."""
+    keep_mb: int = 0
+    """Megabytes of decoded frames that each process that reads keeps: a corpus that fits is decoded once, and not in
+    each epoch anew."""
     split: str = "train"
     """The split to train on."""
     paragraph: bool = False

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hbi.pipelines.corpus.render import clause_times
-from hbi.pipelines.corpus.scripts import ACTIONS, Script
+from hbi.pipelines.corpus.scripts import ACTIONS, Clause, Script
 
 
 def caption(script: Script, style: int = 0) -> str:
@@ -11,10 +11,14 @@ def caption(script: Script, style: int = 0) -> str:
     if style == 0:
         return " then ".join(f"the {c.entity} {c.action}" for c in script)
     if style == 1:
-        told = [f"a {c.entity} {ACTIONS[c.action]}" for c in script]
+        told = [f"{_article(c)} {c.entity} {ACTIONS[c.action]}" for c in script]
         return told[0] if len(told) == 1 else "first " + " and after that ".join(told)
     told = [f"the {c.entity} {c.action}" for c in reversed(script)]
     return " after ".join(told)
+
+
+def _article(clause: Clause) -> str:
+    return "an" if clause.entity.colour[0] in "aeiou" else "a"
 
 
 def moments(script: Script) -> list[dict[str, Any]]:

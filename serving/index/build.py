@@ -45,8 +45,8 @@ class EmbedShard:
         clips, encoded = [], []
         with storage.open_file(row["path"]) as stream:
             for samples in _groups(read_shard(stream), self.settings.batch):
-                tokens = encode_video(self.model, np.stack([sample.images() for sample in samples]))
-                encoded += encoded_rows(tokens, [s.frames for s in samples], self.settings.thumbnail_pixels)
+                found = encode_video(self.model, np.stack([sample.images() for sample in samples]))
+                encoded += encoded_rows(*found, [s.frames for s in samples], self.settings.thumbnail_pixels)
                 clips += [_clip(sample, row["split"], row["part"]) for sample in samples]
         rows = rows_of(clips, encoded)
         sink = pa.BufferOutputStream()

@@ -65,6 +65,9 @@ class Encoded:
     """float32 [SEGMENTS], which sum to 1."""
     thumbnails: list[bytes] = field(default_factory=list)
     """JPEG of each frame, small."""
+    frames: np.ndarray = field(default_factory=lambda: np.empty(0, np.float16))
+    """float16 [frames, dim], each frame by itself, before it has seen the others; none: its matches are not explained
+    by the game on what goes in."""
 
 
 def schema(dim: int) -> pa.Schema:
@@ -75,7 +78,7 @@ def schema(dim: int) -> pa.Schema:
         [("id", text), ("video", text), ("source", pa.binary()), ("start", number), ("end", number)]
         + [("timestamps", pa.list_(number)), ("captions", pa.list_(text)), ("split", text)]
         + [("metadata", text), ("labels", pa.list_(text)), ("part", text)]
-        + [("tokens", pa.binary()), ("logits", pa.list_(pa.float32()))]
+        + [("tokens", pa.binary()), ("logits", pa.list_(pa.float32())), ("frames", pa.binary())]
         + [(column, vector) for column in SEGMENT_COLUMNS]
         + [("segment_weights", pa.list_(pa.float32(), SEGMENTS)), ("thumbnails", pa.list_(pa.binary()))]
     )
@@ -103,6 +106,7 @@ def rows_of(clips: Sequence[Clip], encoded: Sequence[Encoded]) -> pa.Table:
     columns["metadata"] = [json.dumps(clip.metadata) for clip in clips]
     columns["labels"] = [[as_text(label) for label in clip.labels] for clip in clips]
     columns["tokens"] = [part.tokens.astype(np.float16).tobytes() for part in encoded]
+    columns["frames"] = [part.frames.astype(np.float16).tobytes() for part in encoded]
     columns["logits"] = [part.logits.astype(np.float32) for part in encoded]
     for i, column in enumerate(SEGMENT_COLUMNS):
         flat = np.concatenate([part.segments[i].astype(np.float16) for part in encoded])

@@ -114,6 +114,13 @@ class Snapshot:
         logits = [np.asarray(part.as_py(), np.float32) for part in found["logits"]]
         return found["_rowid"].to_numpy(), tokens, logits
 
+    def frames(self, row: int) -> np.ndarray:
+        """The frames of a clip, each by itself, float16 [frames, dim]. KeyError where it is gone."""
+        found = self._take(np.asarray([row]), ["frames"])["frames"]
+        if not len(found):
+            raise KeyError(row)
+        return np.frombuffer(found[0].as_buffer(), np.float16).reshape(-1, self.dim)
+
     def clips(self, rows: Sequence[int]) -> list[Clip]:
         """The clips of row ids, in their order; rows that are gone are left out."""
         found = self._take(np.asarray(rows), ["_rowid", *CLIP_COLUMNS])

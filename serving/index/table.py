@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "index.json"
 TABLE_NAME = "clips"
 UPLOADS = "uploads"
-FORMAT = 2
+FORMAT = 3
 SCANNED_ROWS = 1_000_000
 """Up to so many clips a reader holds every segment (3 GB of them) and looks at all; above, an ANN index is built over
 them, which is faster and finds less: at 250,000 clips 0.40 to 0.93 of the best ten at 1/15 to 1/18 of the time of

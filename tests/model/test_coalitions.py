@@ -99,9 +99,8 @@ def test_of_many_players_a_sample_estimates(
     model: HBI, frames: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = importance(model, IDS, WORDS, frames)
-    monkeypatch.setattr(module, "ENUMERATED_PLAYERS", 1)
-    monkeypatch.setattr(module, "SAMPLED_COALITIONS", 1_500)
-    estimate = importance(model, IDS, WORDS, frames)
+    monkeypatch.setattr(module, "coalitions", module.sampled_coalitions)
+    estimate = importance(model, IDS, WORDS, frames, most=1_500)
     for mine, truth in zip(estimate[:2], exact[:2], strict=True):
         torch.testing.assert_close(mine, truth, rtol=0, atol=0.1)
 

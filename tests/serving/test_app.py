@@ -125,7 +125,7 @@ def test_a_served_video_has_the_tokens_of_a_sharded_one(chain: Path) -> None:
     with Decoder.of_settings(table.metadata.shards) as decoder:
         for clip in snapshot.clips(list(snapshot.all_rows())[:4]):
             decoded = decoder.decode(Path(clip.video).read_bytes())
-            tokens = encode_video(model, from_jpegs(decoded.jpegs)[None])
+            tokens, _ = encode_video(model, from_jpegs(decoded.jpegs)[None])
             _, kept, _ = snapshot.tokens([snapshot.row(clip.id)])
             assert decoded.timestamps == clip.timestamps
             # Batches of another size round differently in the last bit of float16.
@@ -214,11 +214,18 @@ def test_a_video_as_the_question_finds_itself(chain: Path, address: str) -> None
     assert answer.json["results"][0]["score"] == pytest.approx(1.0, abs=2e-3)
 
 
-def test_explain_tells_words_and_what_was_cut(address: str) -> None:
+def test_explain_tells_words_and_what_was_cut(chain: Path, address: str) -> None:
     why = ask(address, "POST", "/explain", {"text": "red unknownword", "id": "clip-000003"}).json
     assert why["words"] == ["[start]", "red", "unknownword", "[end]"]  # pieces of a word are one row
     assert [len(row) for row in why["interaction"]] == [4] * 4
     assert len(why["times"]) == 4 and why["note"] is None
+    # The values are those of the command that explains a file, but for the frames' last bits in the index.
+    shown = hbi.load(str(chain / "model")).explain(
+        chain / "corpus" / "videos" / "clip-000003.mp4", "red unknownword"
+    )
+    assert why["word_values"] == pytest.approx(shown.word_values.tolist(), abs=2e-3)
+    assert why["frame_values"] == pytest.approx(shown.frame_values.tolist(), abs=2e-3)
+    assert why["word_values"][0] == why["word_values"][-1] == 0
     long = ask(address, "POST", "/search", {"text": "red square " * 5000, "k": 1})
     assert (long.status, long.json["note"]) == (
         200,

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from hbi.infra import storage
 from hbi.pipelines.sample import ShardIndex, check_shards
+from hbi.training.data.batch import ClipDataset
 from hbi.training.data.loader import Loader
 from hbi.training.data.order import LoaderState, caption_number, epoch_order, partition
 from hbi.training.data.shards import ShardCache, captions_of, index_digest, scan
@@ -128,6 +130,25 @@ def test_frames_are_those_of_the_jpegs_and_short_clips_are_padded(tmp_path: Path
     assert torch.equal(batch.video[0, :3], torch.from_numpy(made.images().copy()))
     assert batch.video_mask.tolist() == [[True, True, True, False]]
     assert batch.captions[0] in made.captions
+
+
+def test_frames_that_are_kept_are_decoded_once_and_the_same(tmp_path: Path, monkeypatch) -> None:
+    index = make_shards(tmp_path / "shards", train=[3, 3])
+    size = FRAMES * SIZE * SIZE * 3
+    decoded = []
+    usual = ClipDataset._decoded
+    monkeypatch.setattr(ClipDataset, "_decoded", lambda self, jpegs: decoded.append(1) or usual(self, jpegs))
+    batches = {}
+    for keep in (0, 4 * size // 10**6 + 1):
+        loader = Loader(index, tiny_run(batch=2, keep_mb=keep), place())
+        if keep:
+            loader.clips.room = 4 * size  # of six clips, four
+        batches[keep] = [list(loader.batches(LoaderState(epoch))) for epoch in range(2)]
+        loader.close()
+    assert len(decoded) == 12 + 6 + 2
+    plain, kept = batches.values()
+    for one, other in zip(chain(*plain), chain(*kept), strict=True):
+        assert torch.equal(one.video, other.video) and one.captions == other.captions and one.ids == other.ids
 
 
 def test_a_split_of_one_sample_serves_two_ranks(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ class ClipDataset(Dataset):
         self.cache = ShardCache(cache, keep=3 * config.data.shuffle_window)
         self.texts_per_clip = config.heads.texts_per_clip
         self.labels = {answer: number for number, answer in enumerate(config.heads.vocabulary)}
+        self.kept: dict[tuple[int, int], tuple[str, dict[str, Any], UInt8[np.ndarray, "f h w 3"]]] = {}
+        self.room = config.data.keep_mb * 10**6
         self.opened: OrderedDict[int, tuple[io.FileIO, list[Entry]]] = OrderedDict()
 
     def __getitem__(self, request: tuple[int, Int[np.ndarray, "_ 2"], list[int], Task]) -> Batch:
@@ -99,6 +101,22 @@ class ClipDataset(Dataset):
         self, shard: int, number: int, epoch: int, task: Task = "retrieval"
     ) -> tuple[UInt8[np.ndarray, "f h w 3"], list[Text], str]:
         """Frames, the epoch's texts for a task (without any, no frames are decoded) and the clip's id."""
+        kept = self.kept.get((shard, number))
+        key, about, frames = kept or self._sample(shard, number)
+        texts = self._texts(about, task, epoch, key)
+        clip = str(about.get("id", key))
+        if not texts:
+            return np.empty((0, self.size, self.size, 3), np.uint8), [], clip
+        if isinstance(frames, np.ndarray):
+            return frames, texts, clip
+        video = self._decoded(frames)
+        if self.room >= video.nbytes:
+            self.room -= video.nbytes
+            self.kept[shard, number] = key, about, video
+        return video, texts, clip
+
+    def _sample(self, shard: int, number: int) -> tuple[str, dict[str, Any], list[bytes]]:
+        """Key, description and JPEGs of a sample, in time order."""
         file, samples = self._open(shard)
         if number >= len(samples):
             raise ValueError(
@@ -110,31 +128,29 @@ class ClipDataset(Dataset):
             offset, length = members[name]
             return os.pread(file.fileno(), length, offset)
 
-        text = json.loads(content("json").decode("utf-8", "surrogateescape"))
-        clip = str(text.get("id", key))
-        texts = self._texts(text, task, epoch, key)
+        about = json.loads(content("json").decode("utf-8", "surrogateescape"))
         names = sorted(
             (n for n in members if n.endswith((".jpg", ".jpeg"))), key=lambda n: int(n.split(".")[0])
         )
         if not 1 <= len(names) <= self.frames:
             raise ValueError(f"{len(names)} frames, expected 1 to {self.frames}")
-        if len(names) != len(
-            text.get("timestamps", names)
-        ):  # a tar cut between two members reads as a shorter clip
+        # A tar that is cut between two members reads as a shorter clip.
+        if len(names) != len(about.get("timestamps", names)):
             raise ValueError(
-                f"{len(names)} of {len(text['timestamps'])} frames are there: the tar is cut short"
+                f"{len(names)} of {len(about['timestamps'])} frames are there: the tar is cut short"
             )
-        if not texts:
-            return np.empty((0, self.size, self.size, 3), np.uint8), [], clip
-        video = np.empty((len(names), self.size, self.size, 3), np.uint8)
-        for i, name in enumerate(names):
-            image = np.asarray(Image.open(io.BytesIO(content(name))).convert("RGB"))
+        return key, about, [content(name) for name in names]
+
+    def _decoded(self, jpegs: list[bytes]) -> UInt8[np.ndarray, "f h w 3"]:
+        video = np.empty((len(jpegs), self.size, self.size, 3), np.uint8)
+        for i, jpeg in enumerate(jpegs):
+            image = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
             if image.shape != video.shape[1:]:
                 raise ValueError(
                     f"a frame of {image.shape[1]}x{image.shape[0]}, expected {self.size}x{self.size}"
                 )
             video[i] = image
-        return video, texts, clip
+        return video
 
     def _texts(self, clip: dict[str, Any], task: Task, epoch: int, key: str) -> list[Text]:
         """What a clip shows in an epoch: one caption, or up to some captions to write or questions to answer."""
