@@ -3,6 +3,7 @@
 import difflib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from tyro.conf import subcommand
 from hbi.commands import cluster, corpora, demo, heads, search, training
 from hbi.infra.cluster.attempts import MISTAKE
 from hbi.infra.project import ROOT
-from hbi.signals import end_on_signal, stop_ray
+from hbi.infra.signals import end_on_signal, stop_ray
 
 CONTENTS: dict[str, dict[str, type]] = {
     "Start here": {"demo": demo.Demo},
@@ -79,9 +80,9 @@ def _main(args: Sequence[str], debug: bool) -> int:
     try:
         read(name, rest).run()
         return 0
-    except KeyboardInterrupt:
-        print(f"hbi {name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as end:
+        print(f"hbi {name}: {end or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
     except BrokenPipeError:

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hbi.infra.project import ROOT
@@ -43,7 +46,7 @@ def ray_running() -> Iterator[None]:
     )
     # Its C++ side prints advice on the arguments of Ray Data's own actors as errors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _without_line("RAY_BACKEND_LOG_LEVEL"):
+    with _without_line("RAY_BACKEND_LOG_LEVEL"), _signals_kept():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
@@ -64,12 +67,46 @@ def dataset_of(rows: list[dict[str, Any]]) -> "Dataset":
     return data
 
 
-@contextmanager
-def messages(receive: Callable[[Any], object]) -> Iterator[Callable[[Any], object]]:
-    """Inside, what any worker gives to the sender yielded here is received by this process, in the order it came.
+@dataclass(frozen=True)
+class Line:
+    """Between this process and its workers; it travels to them."""
 
-    The sender travels to workers, and returns at once. What it sends lies on this process's own node until it is
-    received: the loss of another node loses nothing else.
+    say: Callable[[Any], object]
+    """A worker's message; it returns at once."""
+    stop: Callable[[], object]
+    """Asks the workers for an early end; it returns at once."""
+    stopping: Callable[[], Any]
+    """A reference to whether they were asked."""
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], bool]]:
+        """Inside, on a worker: whether an early end was asked for, as known a moment ago; it costs nothing to ask."""
+        import ray
+        from ray.exceptions import RayError
+
+        asked, over = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            with suppress(RayError):  # Ray is being stopped
+                while not over.wait(MESSAGE_SECONDS):
+                    if ray.get(self.stopping()):
+                        asked.set()
+                        return
+
+        watcher = threading.Thread(target=watch, name="stop", daemon=True)
+        watcher.start()
+        try:
+            yield asked.is_set
+        finally:
+            over.set()
+            watcher.join()
+
+
+@contextmanager
+def messages(receive: Callable[[Any], object]) -> Iterator[Line]:
+    """Inside, what any worker says on the line yielded here is received by this process, in the order it came.
+
+    What is said lies on this process's own node until it is received: the loss of another node loses nothing else.
     """
     import ray
     from ray.exceptions import RayError
@@ -91,7 +128,7 @@ def messages(receive: Callable[[Any], object]) -> Iterator[Callable[[Any], objec
     listener = threading.Thread(target=listen, name="messages", daemon=True)
     listener.start()
     try:
-        yield box.put.remote
+        yield Line(box.put.remote, box.stop.remote, box.stopping.remote)
     finally:
         over.set()
         listener.join()
@@ -105,6 +142,7 @@ def _mailbox() -> type:
     class Mailbox:
         def __init__(self) -> None:
             self.held: list[Any] = []
+            self.stopped = False
 
         def put(self, message: Any) -> None:
             self.held.append(message)
@@ -113,7 +151,33 @@ def _mailbox() -> type:
             held, self.held = self.held, []
             return held
 
+        def stop(self) -> None:
+            self.stopped = True
+
+        def stopping(self) -> bool:
+            return self.stopped
+
     return Mailbox
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Inside, a Ray that is started stands in a session of its own, and afterwards SIGTERM means what it meant.
+
+    A signal to the group of this process, as a terminal or a scheduler sends it, would end Ray's processes before the
+    command could end what it does with them; and Ray gives the driver a handler of its own, which raises SystemExit.
+    """
+    from ray._private import services
+
+    start = services.ConsolePopen
+    handler = signal.getsignal(signal.SIGTERM)
+    services.ConsolePopen = partial(start, start_new_session=True)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -43,6 +43,10 @@ class TrainingAborted(ValueError):
     """The run cannot go on. Every rank raises it at the same step, with the same words."""
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """The run was asked for an early end, and has kept all that it did. Raised on every rank at the same step."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What a run tells and asks the world around it."""
@@ -55,6 +59,8 @@ class Hooks:
     """Metrics of a model on a split, none where there is no such split. All ranks call it."""
     preempted: Callable[[], bool] = lambda: False
     """Whether this machine is about to be taken away. All ranks call it."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether an early end was asked for. Any rank may know it first. Must not block."""
 
 
 class Training:
@@ -100,7 +106,7 @@ class Training:
         self.steps = self._steps_in_all()
         self.bf16 = config.compute.bf16 and has_bf16(process.device)
         self.throughput = Throughput(self.steps - self.progress.step)
-        self.step_metrics = StepMetrics(process)
+        self.step_metrics = StepMetrics(process, hooks.stop)
         self.peak = peak_flops(process.device, self.bf16)
         if process.first:
             self._introduce(latest)
@@ -120,6 +126,8 @@ class Training:
                         self.save()
                     if self.over():
                         break
+                    if self.step_metrics.stopping:
+                        self.stop()
                 else:
                     self.progress = self.progress.next_epoch()
                 self.evaluate()
@@ -306,6 +314,15 @@ class Training:
         if self.progress.step > self.saved_step:  # of the same step, the evaluation may make a second one
             self.tracked = [(metrics, step) for metrics, step in self.tracked if step > self.saved_step]
             self.saved_step = self.progress.step
+
+    def stop(self) -> None:
+        """Keeps everything at this step, and raises TrainingStopped."""
+        if self.saved_step < self.progress.step:
+            self.save()
+        raise TrainingStopped(
+            f"stopped at step {self.progress.step}/{self.steps}, which {self.checkpoints.latest()} holds: "
+            "run again to go on"
+        )
 
     def evaluate(self) -> None:
         """Measures the served model on the split by which the best checkpoint is chosen, where it is due."""

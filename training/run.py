@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import signal
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,18 +14,26 @@ from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
 from hbi.infra.mlflow.store import client, require_alive, tracking_uri
+from hbi.infra.mlflow.tracker import INTERRUPTED
 from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import messages, ray_running
+from hbi.infra.signals import Interrupted, stop_requests
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
 from hbi.training.checkpoint import fetched
 from hbi.training.checks import check_cluster, check_splits
 from hbi.training.init import with_init
+from hbi.training.loop import TrainingStopped
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
 from hbi.training.worker import CONFIG, MODEL, RUN_ID, Job, metrics_prefix, work
 
 RESULT = "result.json"
+STOP_SECONDS = 25.0
+"""How long a run that is asked to end may take for its step and its checkpoint: less than the 30 s after which
+Kubernetes and Slurm end whatever they asked to."""
+POLL_SECONDS = 0.1
+GO_ON = "run again to go on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -62,25 +74,26 @@ def train(
     for line in check_splits(config, index):
         log(line)
     refuse_seen_tests(config, index, tracking, log)
-    with ray_running():
-        check_cluster(config)
-        require_shared({"--data": data, "--out": out} | ({"--tracking": uri} if uri else {}))
-        config = with_tokenizer(with_init(config, out, tracking), index, out)
-        config = with_vocabulary(config, index, out, log)
-        finished = _finished(config, out)
+    if storage.exists(storage.join(out, RESULT)):  # then nothing needs to be fetched to know what the run is
+        finished = _finished(_resolved(config, index, out, tracking, log), out)
         if finished is not None:
             log(f"{out}: this run is finished; give another --out to train anew")
             return finished
+    with ray_running():
+        check_cluster(config)
+        require_shared({"--data": data, "--out": out} | ({"--tracking": uri} if uri else {}))
+        config = _resolved(config, index, out, tracking, log)
         storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
-        try:
-            with messages(log) as send:
-                answer = _run_on_ray(Job(config, data, out, uri, send))
-        except KeyboardInterrupt:
-            log(f"{out}: interrupted; the same command again goes on from the last checkpoint")
-            _mark_killed(uri, out)
-            raise
-    if isinstance(answer, str):
-        raise ValueError(answer)
+        with stop_requests() as stop, messages(log) as line:
+            try:
+                answer = _followed(Job(config, data, out, uri, line), stop, log)
+            except KeyboardInterrupt as end:
+                _mark_killed(uri, out)
+                raise Interrupted(getattr(end, "number", signal.SIGINT), f"interrupted: {GO_ON}") from None
+            if isinstance(answer, TrainingStopped):
+                raise Interrupted(stop() or signal.SIGINT, str(answer))
+    if isinstance(answer, Exception):
+        raise ValueError(str(answer))
     metrics, run_id = answer
     folder, version = storage.join(out, MODEL), None
     if run_id and package and config.tracking.register:
@@ -99,6 +112,40 @@ def train(
     return result
 
 
+def _resolved(
+    config: TrainConfig, index: ShardIndex, out: str, tracking: str | None, log: Callable[[str], None]
+) -> TrainConfig:
+    """The run with everything that it takes from elsewhere: a model to begin with, a tokenizer, a list of answers."""
+    config = with_tokenizer(with_init(config, out, tracking), index, out)
+    return with_vocabulary(config, index, out, log)
+
+
+def _followed(job: Job, stop: Callable[[], int], log: Callable[[str], None]) -> Any:
+    """What the workers return. Asked to end, they are told, and have `STOP_SECONDS`; then KeyboardInterrupt.
+
+    Ray Train runs in a thread: in the main one it has a handler of its own for Ctrl-C, which ends the process without
+    a word.
+    """
+    future: Future[Any] = Future()
+
+    def follow() -> None:
+        try:
+            future.set_result(_run_on_ray(job))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=follow, name="ray-train", daemon=True).start()
+    deadline = float("inf")
+    while not wait([future], POLL_SECONDS).done:
+        if time.monotonic() > deadline:
+            raise Interrupted(stop())
+        if stop() and deadline == float("inf"):
+            deadline = time.monotonic() + STOP_SECONDS
+            log("stopping after this step, with a checkpoint; a second signal ends at once")
+            job.line.stop()
+    return future.result()
+
+
 def _mark_killed(uri: str, out: str) -> None:
     """Says so in MLflow, too: the worker that held the run is gone."""
     known = storage.join(out, RUN_ID)
@@ -106,9 +153,7 @@ def _mark_killed(uri: str, out: str) -> None:
         with contextlib.suppress(Exception):  # an end that must not wait for a server that is away
             require_alive(uri)
             client(uri).set_terminated(storage.read_bytes(known).decode(), "KILLED")
-            client(uri).set_tag(
-                storage.read_bytes(known).decode(), "interrupted", "run the same command again to go on"
-            )
+            client(uri).set_tag(storage.read_bytes(known).decode(), INTERRUPTED, GO_ON)
 
 
 def _finished(config: TrainConfig, out: str) -> TrainResult | None:

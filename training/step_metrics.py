@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,17 @@ from hbi.training.parallel import Process
 logger = logging.getLogger(__name__)
 NAMED_CLIPS = 8
 """Clips of a rank that an error names."""
-COUNTS = ("clips", "unread", "uncaptioned", "wait_seconds")
+COUNTS = ("clips", "unread", "uncaptioned", "wait_seconds", "stop")
 
 
 class StepMetrics:
     """The numbers of each step over all ranks, read late enough that no step waits for its own."""
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    def __init__(self, process: Process, stop: Callable[[], bool]) -> None:
+        """stop: whether this rank was asked for an early end."""
+        self.process, self.stop = process, stop
+        self.stopping = False
+        """Whether any rank was, as of the last step that was read: the same on all of them."""
         self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
         self.clips: dict[int, tuple[Batch, Tensor]] = {}
         """This rank's batch, and which of its clips came out of the encoders as numbers, of the steps that are not
@@ -53,8 +56,9 @@ class StepMetrics:
             self.damage[shard] = (count + 1, first)
         self.clips[step] = replace(batch, video=batch.video[:0]), finite
         means = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]) / self.process.world_size
-        counts = torch.tensor([len(batch.video), len(batch.bad), batch.uncaptioned, wait], dtype=means.dtype)
-        values = self.process.all_reduce(torch.cat([means, counts.to(means.device)]))
+        counts = [len(batch.video), len(batch.bad), batch.uncaptioned, wait, self.stop()]
+        counted = torch.tensor(counts, dtype=means.dtype, device=means.device)
+        values = self.process.all_reduce(torch.cat([means, counted]))
         names = [*losses, "gradient_norm", *COUNTS]
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -72,6 +76,7 @@ class StepMetrics:
             if event is not None:
                 event.synchronize()
             numbers = dict(zip(names, values.tolist(), strict=True))
+            self.stopping |= numbers["stop"] > 0
             self.unread += round(numbers["unread"])
             self.uncaptioned += round(numbers["uncaptioned"])
             self.sums.update(numbers)

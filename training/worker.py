@@ -14,8 +14,9 @@ import torch
 
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import Shards, lineage, origin
-from hbi.infra.mlflow.tracker import Tracker
+from hbi.infra.mlflow.tracker import INTERRUPTED, Tracker
 from hbi.infra.nodes import cores
+from hbi.infra.ray_runtime import Line
 from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex
@@ -27,7 +28,7 @@ from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.figures import recall_figure, similarity_figure
 from hbi.training.evaluate.retrieval import evaluate
 from hbi.training.init import INIT, has_init
-from hbi.training.loop import Hooks, Training, TrainingAborted
+from hbi.training.loop import Hooks, Training, TrainingAborted, TrainingStopped
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig, flatten
 from hbi.training.tokenizers import tokenizer_of
@@ -47,12 +48,12 @@ class Job:
     """Where everything that the run makes lies."""
     uri: str
     """MLflow store; "" tracks nothing."""
-    log: Callable[[str], object]
-    """Takes lines of progress to whoever started the run."""
+    line: Line
+    """To whoever started the run: progress there, and back whether it should end early."""
 
 
 def work(settings: dict[str, Any]) -> Any:
-    """What each worker does: (metrics, run id), or the reason why the run cannot go on, the same on all ranks."""
+    """What each worker does: (metrics, run id), or why the run ended early, the same on all ranks."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -61,17 +62,27 @@ def work(settings: dict[str, Any]) -> Any:
     torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     process = Process.current(get_device())
     try:
-        with _tracked(job, process) as tracker:
+        with _asked_to_stop(job.line, process) as stop, _tracked(job, process) as tracker:
             hooks = Hooks(
-                log=job.log,
+                log=job.line.say,
                 track=tracker.metrics,
                 evaluate=evaluation(config, job.data, job.out, process, tracker),
                 preempted=lambda: ray.train.get_preemption_info() is not None,
+                stop=stop,
             )
-            metrics = run(config, job.data, job.out, process, hooks)
+            try:
+                metrics = run(config, job.data, job.out, process, hooks)
+            except TrainingStopped as stopped:
+                tracker.tags({INTERRUPTED: str(stopped)})
+                raise
             return metrics, tracker.run_id or None
-    except TrainingAborted as aborted:
-        return str(aborted)
+    except (TrainingAborted, TrainingStopped) as early:
+        return early
+
+
+def _asked_to_stop(line: Line, process: Process) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+    """Whether an early end was asked for: the first rank knows it, which is enough."""
+    return line.watched() if process.first else contextlib.nullcontext(lambda: False)
 
 
 def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks) -> dict[str, float]:
@@ -100,6 +111,8 @@ def run(config: TrainConfig, data: str, out: str, process: Process, hooks: Hooks
     with fetched(best) as folder:
         model = load_model(folder).to(process.device)
         for split in config.evaluate.final:
+            if any(process.gather_objects(hooks.stop())):
+                raise TrainingStopped(f"stopped before {split} was measured: run again to go on")
             metrics |= hooks.evaluate(model, split)
         if process.first:
             if metrics:

@@ -12,6 +12,8 @@ WAIT_SECONDS = 5.0
 """Before the second attempt; before each further one twice as long."""
 MISTAKE = 2
 """Exit status of a user's mistake: the same command would make it again."""
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit statuses of a command that someone stopped."""
 
 
 def main() -> None:
@@ -19,7 +21,7 @@ def main() -> None:
     retries, command = int(sys.argv[1]), sys.argv[2:]
     for attempt in range(retries + 1):
         status = subprocess.run([sys.executable, "-m", "hbi", *command], check=False).returncode
-        if status in (0, MISTAKE, 128 + signal.SIGINT) or attempt == retries:
+        if status in (0, MISTAKE, *STOPPED) or attempt == retries:
             sys.exit(status if status >= 0 else 128 - status)
         pause = WAIT_SECONDS * 2**attempt
         print(

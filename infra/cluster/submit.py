@@ -35,7 +35,9 @@ NAME, COMMAND = "hbi-name", "hbi-command"
 RAYS_OWN = re.compile(r"^Running entrypoint for job|INFO job_manager\.py")
 """Lines of a job's log that are Ray's."""
 POLL_SECONDS = 1.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 40.0
+ENDING = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+"""How long the cluster lets a job that is stopped keep what it has done: Ray's own 3 s are short for a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def start(cluster: Cluster, job: Job) -> str:
                 ["python", "-m", "hbi.infra.cluster.attempts", str(job.retries), *job.command]
             ),
             submission_id=f"{job.name}-{max(numbers, default=0) + 1}",
-            runtime_env={"py_modules": [code], "env_vars": dict(job.environment)},
+            runtime_env={"py_modules": [code], "env_vars": ENDING | dict(job.environment)},
             metadata={NAME: job.name, COMMAND: command},
         )
 

@@ -39,6 +39,8 @@ CLOSE_SECONDS = 20.0
 """How long `close` waits for what is still to be sent."""
 SYSTEM_SECONDS = 10.0
 """Between two measurements of the machine."""
+INTERRUPTED = "interrupted"
+"""Tag of a run that ended early and can go on; it is gone when the run does."""
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -237,8 +239,11 @@ def _open_run(uri: str, experiment: str, run_name: str, run_id: str | None) -> s
     tags = {}
     if run_id:
         try:
-            if store.get_run(run_id).info.lifecycle_stage == "active":
+            held = store.get_run(run_id)
+            if held.info.lifecycle_stage == "active":
                 store.update_run(run_id, "RUNNING")
+                if INTERRUPTED in held.data.tags:
+                    store.delete_tag(run_id, INTERRUPTED)
                 return run_id
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":

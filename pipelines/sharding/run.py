@@ -111,8 +111,8 @@ def _make_all(
     out: str, shard_plans: list[ShardPlan], settings: ShardSettings, folder: str, summary: Summary
 ) -> None:
     """Makes shards in `folder`, with their progress to the clip."""
-    with Progress("shard", shard_plans, summary) as progress, messages(progress.hear) as tell:
-        progress.follow(make_shards(out, shard_plans, settings, folder, tell))
+    with Progress("shard", shard_plans, summary) as progress, messages(progress.hear) as line:
+        progress.follow(make_shards(out, shard_plans, settings, folder, line.say))
 
 
 @contextmanager

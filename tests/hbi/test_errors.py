@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hbi import cli, signals
+from hbi import cli
+from hbi.infra import signals
 from hbi.infra.cluster.attempts import MISTAKE
 from hbi.pipelines.sample import ShardIndex
 

@@ -84,7 +84,7 @@ def test_messages_of_workers_arrive_in_order(ray_session: None):
         ray.get(sender((name, 49)))  # pyright: ignore[reportCallIssue]
 
     received: list[tuple[int, int]] = []
-    with messages(received.append) as sender:
-        ray.get([ray.remote(send).remote(sender, name) for name in range(2)])
+    with messages(received.append) as line:
+        ray.get([ray.remote(send).remote(line.say, name) for name in range(2)])
     assert sorted(received) == [(name, number) for name in range(2) for number in range(50)]
     assert [m for m in received if m[0] == 0] == [(0, number) for number in range(50)]
