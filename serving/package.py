@@ -27,6 +27,7 @@ PACKAGE = ModelPackage(
         "av",
         "jaxtyping",
     ),
+    example={"text": ["a red square moves left"]},
 )
 """Written down, and not derived: what is added to it is a decision. A fixed list of requirements, since letting MLflow
 infer one costs ten seconds and guesses."""

@@ -4,7 +4,9 @@ import http.client
 import json
 import re
 import tempfile
+import threading
 import urllib.request
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ INIT = "start"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 REACH_SECONDS = 15.0
 """How long the hub may take to say that it has a backbone."""
+FETCH_SECONDS = 1800.0
+"""How long the whole of a backbone may take to come: a gigabyte at five megabits a second."""
 PUBLISHED = (".bin", ".pt", ".pth", ".safetensors")
 """How the name of a published checkpoint in object storage ends; anything else there is a folder."""
 ADDED = ("reconstruction.", "answerer.", "captioner.")
@@ -91,7 +95,7 @@ def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfi
         else:
             require_reachable(wanted.backbone)
             torch.manual_seed(config.seed)
-            model, tokenizer = build_model(wanted), _backbone_tokenizer(wanted.backbone)
+            model, tokenizer = _fetched_in_time(wanted)
         with tempfile.TemporaryDirectory() as made:
             save_model(model, made, tokenizer)
             (Path(made) / TRAINED).write_text(json.dumps(trained_on(config.init_from, tracking)))
@@ -136,6 +140,26 @@ def require_reachable(backbone: str) -> None:
             f"--set.model.backbone {backbone}: not in the cache of this machine, and {constants.ENDPOINT} does not "
             f"give it ({error}): {mend}"
         ) from None
+
+
+def _fetched_in_time(wanted: ModelConfig) -> tuple[HBI, Any]:
+    """A fresh model around its backbone, and the tokenizer; ValueError where they have not come in `FETCH_SECONDS`."""
+    done: Future[tuple[HBI, Any]] = Future()
+
+    def fetch() -> None:
+        try:
+            done.set_result((build_model(wanted), _backbone_tokenizer(wanted.backbone)))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: what hangs in a download must not keep the process from ending.
+    threading.Thread(target=fetch, name="backbone", daemon=True).start()
+    if not wait([done], FETCH_SECONDS).done:
+        raise ValueError(
+            f"--set.model.backbone {wanted.backbone}: not there after {FETCH_SECONDS / 60:.0f} minutes: run again, "
+            "what has come is kept, or give a folder that holds it (--set.model.backbone FOLDER)"
+        )
+    return done.result()
 
 
 def _backbone_tokenizer(backbone: str) -> Any:

@@ -8,14 +8,14 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbi.infra.mlflow.resolve import registered, require_model
-from hbi.infra.mlflow.store import client, mlflow_name, no_progress_bar, tracking_uri
+from hbi.infra.mlflow.store import client, mlflow_name, no_progress_bar, quiet, tracking_uri
 from hbi.infra.project import ROOT
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("t2v/R1", "v2t/R1")
 """The scores that stand in a version's row of the registry; all of them are metrics of its logged model."""
+PYFUNC = "mlflow.pyfunc"
 KEPT_TAGS = ("commit", "data", "data_sha256")
 
 
@@ -37,6 +38,8 @@ class ModelPackage:
     """Files and folders that the script imports, relative to the project's root."""
     requirements: tuple[str, ...]
     """Packages that it needs; they are pinned to the versions that are installed."""
+    example: Mapping[str, Sequence[Any]]
+    """Columns of a table that the script takes; MLflow shows it with the model."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,14 @@ def _save_package(
     model_folder: Path, package: ModelPackage, target: Path, run_id: str, model_id: str
 ) -> None:
     """Writes the MLflow model: weights, code, requirements, signature."""
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), no_progress_bar():
-        # MLflow warns of its own type hints on import, and wants to run an example that would only guess the signature.
-        warnings.simplefilter("ignore")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(),
+        no_progress_bar(),
+        quiet(PYFUNC),
+    ):
+        warnings.simplefilter("ignore")  # MLflow warns of its own type hints on import
+        import pandas
         from mlflow import pyfunc
         from mlflow.models import Model, ModelSignature
         from mlflow.types.schema import Array, ColSpec, DataType, Schema
@@ -177,6 +185,7 @@ def _save_package(
                 inputs=Schema([ColSpec(kind, name, required=False) for name, kind in asked.items()]),
                 outputs=Schema([ColSpec(kind, name, required=False) for name, kind in outputs.items()]),
             ),
+            input_example=pandas.DataFrame(package.example),
             pip_requirements=[
                 f"{name}=={metadata.version(name).split('+')[0]}" for name in package.requirements
             ],

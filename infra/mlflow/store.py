@@ -3,6 +3,7 @@
 MLflow is imported inside the functions; it takes a second.
 """
 
+import logging
 import os
 import re
 import ssl
@@ -47,9 +48,16 @@ def is_server(uri: str) -> bool:
 
 
 def client(uri: str) -> "MlflowClient":
-    """A client of one store, tracking and registry both."""
+    """A client of one store, tracking and registry both. A sqlite file that is not there yet is made."""
     from mlflow import MlflowClient
 
+    file = _sqlite_file(uri)
+    if file and not file.exists():
+        # MLflow makes an experiment "Default" with every store, and would have its artifacts where we stand.
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with quiet("mlflow.store.db.utils"):
+            SqlAlchemyStore(uri, (file.parent / "artifacts").as_uri())
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -109,6 +117,18 @@ def shown(uri: str) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, as far as a line holds it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Inside, MLflow says no more than warnings."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager

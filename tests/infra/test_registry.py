@@ -57,6 +57,24 @@ def filled(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tupl
     return uri, runs
 
 
+def test_a_version_holds_an_example_that_it_takes(filled: tuple[str, list[str]]) -> None:
+    import mlflow
+
+    version = stores.client(filled[0]).get_model_version("hbi", "1")
+    model = mlflow.pyfunc.load_model(str(version.source))
+    assert model.input_example is not None
+    assert model.input_example.to_dict("list") == {"text": ["a red square moves left"]}
+    assert len(model.predict(model.input_example)) == 1
+
+
+def test_a_new_store_keeps_everything_beside_itself(tmp_path: Path) -> None:
+    """The experiment too that MLflow makes with every store."""
+    found = stores.client(tracking_uri(str(tmp_path))).search_experiments()
+    assert {experiment.name: experiment.artifact_location for experiment in found} == {
+        "Default": (tmp_path / "artifacts" / "0").as_uri()
+    }
+
+
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
     """A clip of ten frames that get brighter."""

@@ -17,7 +17,7 @@ from hbi.infra import storage
 from hbi.pipelines.sample import ShardIndex, check_shards
 from hbi.training.data.batch import ClipDataset
 from hbi.training.data.loader import Loader
-from hbi.training.data.order import LoaderState, caption_number, epoch_order, partition
+from hbi.training.data.order import LoaderState, caption_number, epoch_order, part_of, shares
 from hbi.training.data.shards import ShardCache, captions_of, index_digest, scan
 from hbi.training.parallel import Process
 from tests.support.training_shards import FRAMES, SIZE, make_shards, sample, tiny_model, tiny_run, write_shard
@@ -29,6 +29,11 @@ def place(rank: int = 0, world: int = 1) -> Process:
 
 def ids_of(order: np.ndarray) -> list[tuple[int, int]]:
     return [(int(shard), int(number)) for shard, number in order]
+
+
+def partition(order: np.ndarray, world: int, batch: int) -> list[list[np.ndarray]]:
+    """[rank][step] of an epoch."""
+    return [part_of(order, shares(len(order), world, batch), rank) for rank in range(world)]
 
 
 def everything(samples: list[int]) -> Counter:
@@ -48,7 +53,7 @@ def test_each_sample_is_dealt_once_however_often_the_workers_change(samples, see
     position, seen = LoaderState(3), Counter()
     for _ in range(3):
         world, batch = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
-        left = position.remaining(order, world, batch)
+        left = [position.remaining(order, rank, world, batch) for rank in range(world)]
         lengths = {len(rank) for rank in left}
         assert len(left) == world and len(lengths) == 1, "ranks must take the same number of steps"
         for step in range(data.draw(st.integers(0, lengths.pop()))):
@@ -56,8 +61,7 @@ def test_each_sample_is_dealt_once_however_often_the_workers_change(samples, see
                 assert len(rank[step]) <= -(-batch // world) + 1
                 seen.update(ids_of(rank[step]))
             position = position.advanced(world, batch)
-    for rank in position.remaining(order, 1, 4):
-        seen.update(i for batch_ids in rank for i in ids_of(batch_ids))
+    seen.update(i for batch_ids in position.remaining(order, 0, 1, 4) for i in ids_of(batch_ids))
     assert seen == everything(samples)
 
 
@@ -66,9 +70,9 @@ def test_the_same_workers_go_on_with_the_very_same_batches() -> None:
     unbroken = partition(order, 3, 4)
     position = LoaderState()
     for step in range(3):
-        left = position.remaining(order, 3, 4)
         for rank in range(3):
-            assert [ids.tolist() for ids in left[rank]] == [ids.tolist() for ids in unbroken[rank][step:]]
+            left = position.remaining(order, rank, 3, 4)
+            assert [ids.tolist() for ids in left] == [ids.tolist() for ids in unbroken[rank][step:]]
         position = position.advanced(3, 4)
 
 

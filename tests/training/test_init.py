@@ -1,7 +1,12 @@
 """A run that begins from another model: its weights, its sizes, its tokenizer, kept in the run's own folder."""
 
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,8 @@ from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import tokenizer_of, with_tokenizer
 from tests.model.test_published import LISTING, rescaled, state_of
 from tests.support.training_shards import FRAMES, SIZE, make_shards, tiny_model, tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def begun(config: TrainConfig, index: ShardIndex, out: Path) -> Training:
@@ -107,6 +114,42 @@ def test_a_backbone_that_cannot_be_had_is_said_at_once(
     with pytest.raises(ValueError, match="no such folder, and no name of a model"):
         with_init(replace(config, model=ModelConfig(backbone="/no/folder")), str(tmp_path), None)
     assert not list(tmp_path.iterdir())
+
+
+class Silent(BaseHTTPRequestHandler):
+    """A hub that has the backbone, and then sends nothing."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        threading.Event().wait(60)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_that_hangs_has_a_time_limit(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as hub:
+        hub.daemon_threads = True
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        code = (
+            "import sys; from dataclasses import replace; from hbi.training import init\n"
+            "from hbi.model.config import ModelConfig; from hbi.training.settings import TrainConfig\n"
+            "init.FETCH_SECONDS = 2.0\n"
+            "config = TrainConfig(model=ModelConfig(backbone='somebody/some-clip'))\n"
+            "try: init.with_init(config, sys.argv[1], None)\n"
+            "except ValueError as error: print(error)"
+        )
+        hub_of = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+        environment = os.environ | hub_of | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "out")], env=environment, capture_output=True,
+            text=True, timeout=60, check=True,
+        )  # fmt: skip
+        hub.shutdown()
+    assert "some-clip: not there after 0 minutes: run again" in said.stdout and said.stdout.count("\n") == 1
 
 
 def test_a_backbone_is_fetched_once_with_its_sizes_and_tokenizer(other: Path, tmp_path: Path) -> None:

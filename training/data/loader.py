@@ -22,6 +22,11 @@ AHEAD_BATCHES = 16
 """How many batches before its first use a remote shard is fetched."""
 
 
+def _leave_group(worker: int) -> None:
+    """A signal to the group of the training process is its business: it still needs its loader workers for a while."""
+    os.setpgrp()
+
+
 class Loader:
     """The batches of one rank, from any state on."""
 
@@ -39,7 +44,12 @@ class Loader:
         self.tasks = config.task
         workers = settings.workers
         # Spawned, not forked: Ray's and s3fs's threads do not survive a fork.
-        spawned = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
+        spawned = {
+            "multiprocessing_context": "spawn",
+            "persistent_workers": True,
+            "prefetch_factor": 4,
+            "worker_init_fn": _leave_group,
+        }
         # The sampler is our own plan, looked at anew in each epoch; one item of the plan is one batch.
         self.loader = DataLoader(
             self.clips,
@@ -62,7 +72,8 @@ class Loader:
     def _remaining(self, state: LoaderState) -> list[Int[np.ndarray, "_ 2"]]:
         """The samples of this rank in each step that is left of the epoch."""
         order = epoch_order(self.samples, self.seed, state.epoch, self.settings.shuffle_window)
-        return state.remaining(order, self.process.world_size, self.settings.batch)[self.process.rank]
+        process = self.process
+        return state.remaining(order, process.rank, process.world_size, self.settings.batch)
 
     def batches(self, state: LoaderState, step: int = 0) -> Iterator[Batch]:
         """What is left of the epoch for this rank, every rank the same number of batches.

@@ -27,28 +27,27 @@ def epoch_order(samples: Sequence[int], seed: int, epoch: int, shuffle_window: i
     return np.concatenate(parts)
 
 
-def partition(
-    order: Int[np.ndarray, "n 2"], world_size: int, batch: int
-) -> list[list[Int[np.ndarray, "_ 2"]]]:
-    """[rank][step]: contiguous parts, every rank the same number of steps.
+def shares(samples: int, world_size: int, batch: int) -> Int[np.ndarray, "ranks steps"]:
+    """How many clips each rank has in each step.
 
     `batch` is the global batch: no step has more clips, and two steps differ by one at most. In each step the ranks
-    differ by one at most, and so they do over the epoch: who has one more goes round. A batch is empty for a rank
-    where a step has fewer clips than there are ranks.
+    differ by one at most, and so they do over the epoch: who has one more goes round. A rank has none where a step has
+    fewer clips than there are ranks.
     """
-    steps = -(-len(order) // batch)
-    if not steps:
-        return [[] for _ in range(world_size)]
-    sizes = np.full(steps, len(order) // steps)
-    sizes[: len(order) % steps] += 1
+    steps = -(-samples // batch)
+    sizes = np.full(steps, samples // max(1, steps))
+    sizes[: samples % max(1, steps)] += 1
     over = sizes % world_size
     turn = (np.cumsum(over) - over) % world_size
-    shares = [sizes // world_size + ((rank - turn) % world_size < over) for rank in range(world_size)]
-    ends = np.cumsum([share.sum() for share in shares])
-    return [
-        np.split(order[end - share.sum() : end], np.cumsum(share)[:-1])
-        for share, end in zip(shares, ends, strict=True)
-    ]
+    return sizes // world_size + ((np.arange(world_size)[:, None] - turn) % world_size < over)
+
+
+def part_of(
+    order: Int[np.ndarray, "n 2"], dealt: Int[np.ndarray, "ranks steps"], rank: int
+) -> list[Int[np.ndarray, "_ 2"]]:
+    """[step]: a rank's contiguous part of the epoch, as `shares` has dealt it."""
+    end, mine = dealt[: rank + 1].sum(), dealt[rank]
+    return np.split(order[end - mine.sum() : end], np.cumsum(mine)[:-1]) if len(mine) else []
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,16 @@ class LoaderState:
         return LoaderState(self.epoch + 1)
 
     def remaining(
-        self, order: Int[np.ndarray, "n 2"], world_size: int, batch: int
-    ) -> list[list[Int[np.ndarray, "_ 2"]]]:
-        """[rank][step] of what the epoch still holds: the same partition going on, or the remainder split anew."""
+        self, order: Int[np.ndarray, "n 2"], rank: int, world_size: int, batch: int
+    ) -> list[Int[np.ndarray, "_ 2"]]:
+        """[step] of what the epoch still holds for a rank: the same deal going on, or the remainder dealt anew."""
         for turn, (was_world_size, was_batch, steps) in enumerate(self.done, 1):
-            rest = [part[steps:] for part in partition(order, was_world_size, was_batch)]
+            dealt = shares(len(order), was_world_size, was_batch)
             if turn == len(self.done) and (was_world_size, was_batch) == (world_size, batch):
-                return rest
-            order = np.concatenate([order[:0], *(ids for part in rest for ids in part)])
-        return partition(order, world_size, batch)
+                return part_of(order, dealt, rank)[steps:]
+            rest = [ids for other in range(was_world_size) for ids in part_of(order, dealt, other)[steps:]]
+            order = np.concatenate([order[:0], *rest])
+        return part_of(order, shares(len(order), world_size, batch), rank)
 
 
 def caption_number(captions: int, seed: int, epoch: int, key: str) -> int:
