@@ -1,14 +1,16 @@
-"""A whole training step, beside the same step written as a baseline.
+"""A whole training step beside what the published code does in one (`benchmarks.published_step`).
 
 python -m benchmarks.step                        sizes of CLIP ViT-B/32 on a GPU, of the demo on a CPU
 python -m benchmarks.step --towers b16 --batch 128
 
-Ours: bfloat16 where the hardware has it, fused attention, the exact interaction, similarities in chunks; with and
-without recomputed activations and torch.compile. The baseline: float32, attention that makes its whole matrix, the
-whole [texts, videos, words, frames] tensor, an interaction sampled 100 times a pair. It needs no Ray and no data.
+Ours: the exact interaction, fused attention, similarities in chunks; in float32 as the opponent, and in bfloat16 where
+the hardware has it; with and without recomputed activations and torch.compile. A second opponent has the anomaly
+detection that the published script leaves on. All of them take turns in one process, and each is compared with the
+opponent of its own turn; on a CPU by the seconds of one thread. It needs no Ray and no data.
 """
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.published_step import BertAdam, loss_of, with_whole_frames
 from benchmarks.report import best_device, measure, report
-from hbi.model.banzhaf import sampled_interaction
 from hbi.model.config import LossSettings, ModelConfig, TowerConfig
 from hbi.model.hbi import HBI, Encoded
-from hbi.model.levels import LEVELS
-from hbi.model.losses import alignment_loss, contrastive_loss, distillation_loss
-from hbi.model.similarity import pair_similarity
-from hbi.model.tokens import Tokens
 from hbi.training.contrast import backward, contrast, detach_tokens, tensors_of
 from hbi.training.loop import has_bf16
 from hbi.training.optim import make_optimizer
@@ -33,55 +31,20 @@ from hbi.training.parallel import clip_gradients
 from hbi.training.settings import OptimSettings
 from hbi.training.throughput import flops_per_clip, peak_flops
 
-SAMPLES = 100
-"""Of each pair's interaction in the baseline: as many as the published labels have."""
+OPPONENT = "published"
 CLIP = TowerConfig(
     image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
     text_width=512, text_layers=12, text_heads=8, vocab_size=49408, dim=512,
 )  # fmt: skip
 TOWERS = {"b32": CLIP, "b16": replace(CLIP, patch_size=16), "small": TowerConfig()}
 CASES: dict[str, dict[str, Any]] = {
-    "baseline": {"baseline": True},
+    OPPONENT: {"published": True},
+    "published, anomaly detection": {"published": True, "anomalies": True},
     "ours": {},
-    "ours, recomputed": {"checkpointing": True},
-    "ours, compiled": {"compiled": True},
-    "ours, recomputed and compiled": {"checkpointing": True, "compiled": True},
+    "ours, bfloat16": {"bf16": True},
+    "ours, bfloat16, recomputed": {"bf16": True, "checkpointing": True},
+    "ours, bfloat16, compiled": {"bf16": True, "compiled": True},
 }
-
-
-def baseline_similarity(text: Tokens, video: Tokens) -> Tensor:
-    """The weighted similarity from the whole pairwise tensor."""
-    words = torch.nn.functional.normalize(text.tokens, dim=-1)
-    frames = torch.nn.functional.normalize(video.tokens, dim=-1)
-    present = text.mask[:, None, :, None] & video.mask[None, :, None, :]
-    pairwise = torch.einsum("atd,bvd->abtv", words, frames).masked_fill(~present, -2.0)
-    of_words = torch.einsum("abt,at->ab", pairwise.amax(3), text.weights())
-    of_frames = torch.einsum("abv,bv->ab", pairwise.amax(2), video.weights())
-    return (of_words + of_frames) / 2
-
-
-def baseline_loss(encoded: Encoded) -> Tensor:
-    """The same loss as `hbi_loss`, but for the sampled target."""
-    total, entity = encoded.logit_scale.new_zeros(()), None
-    for level in LEVELS:
-        text, video = encoded.text[level], encoded.video[level]
-        logits = encoded.logit_scale * baseline_similarity(text, video)
-        total = total + (contrastive_loss(logits) + contrastive_loss(logits.T)) / 2
-        with torch.no_grad():
-            target = LossSettings.target_scale * sampled_interaction(
-                pair_similarity(text, video),
-                text.logits,
-                video.logits,
-                text.mask,
-                video.mask,
-                samples=SAMPLES,
-            )
-        total = total + alignment_loss(encoded.predicted[level], target, text.mask, video.mask)
-        if entity is None:
-            entity = logits
-        else:
-            total = total + 2 * (distillation_loss(logits, entity) + distillation_loss(logits.T, entity.T))
-    return total / len(encoded.text["entity"].mask)
 
 
 @dataclass(frozen=True)
@@ -98,8 +61,12 @@ class Case:
     """Words of a caption."""
     chunk: int
     """Texts and videos compared at once in our step; 0 compares all."""
-    baseline: bool = False
-    """float32, unfused attention, whole tensors, sampled interaction."""
+    published: bool = False
+    """What the published code does."""
+    anomalies: bool = False
+    """Under torch's anomaly detection."""
+    bf16: bool = False
+    """bfloat16 autocast."""
     checkpointing: bool = False
     """Activations are computed again in the backward pass."""
     compiled: bool = False
@@ -108,34 +75,37 @@ class Case:
     def model(self) -> ModelConfig:
         return ModelConfig(
             towers=TOWERS[self.towers], words=self.words, frames=self.frames,
-            checkpointing=self.checkpointing, freeze_patches=True,
+            checkpointing=self.checkpointing, freeze_patches=True, estimator=self.published,
+            masking="published" if self.published else "exact",
         )  # fmt: skip
 
     def pair(self, device: str) -> tuple[Tensor, ...]:
         """A batch of noise."""
         sizes = TOWERS[self.towers]
         shape = (self.batch, self.frames, sizes.image_size, sizes.image_size, 3)
+        lengths = torch.randint(min(7, self.words), self.words + 1, (self.batch, 1), device=device)
         return (
             torch.randint(1, sizes.vocab_size, (self.batch, self.words), device=device),
-            torch.ones(self.batch, self.words, dtype=torch.bool, device=device),
+            torch.arange(self.words, device=device) < lengths,
             torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
             torch.ones(self.batch, self.frames, dtype=torch.bool, device=device),
         )
 
 
 def prepare(device: str, case: Case, parts: bool = False) -> Callable[[], Any]:
-    """A step on one batch: encode, loss, backward, clip, AdamW. parts: seconds of each, measured apart."""
+    """A step on one batch: encode, loss, backward, clip, optimiser. parts: seconds of each, measured apart."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = HBI(case.model()).to(device).train()
+    pair, settings = case.pair(device), LossSettings(chunk=case.chunk or None)
+    if case.published:
+        return published_step(with_whole_frames(model), pair, case.anomalies)
     optimizer = make_optimizer(model, OptimSettings())
     if case.compiled:
         model.compile()
-    pair, settings = case.pair(device), LossSettings(chunk=case.chunk or None)
-    kind = torch.device(device).type
-    bf16 = not case.baseline and has_bf16(torch.device(device))
 
     def encode(piece: tuple[Tensor, ...]) -> Encoded:
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=case.bf16):
             return model(*piece)
 
     def update() -> None:
@@ -145,14 +115,48 @@ def prepare(device: str, case: Case, parts: bool = False) -> Callable[[], Any]:
         model.clamp_logit_scale()
 
     def step() -> None:
-        with sdpa_kernel(SDPBackend.MATH) if case.baseline else contextlib.nullcontext():
-            if case.baseline:
-                baseline_loss(encode(pair)).backward()
-            else:
-                backward(encode, [pair], settings)
-            update()
+        backward(encode, [pair], settings)
+        update()
 
     return (lambda: timed_parts(lambda: encode(pair), settings, update)) if parts else step
+
+
+def published_step(model: HBI, pair: tuple[Tensor, ...], anomalies: bool) -> Callable[[], None]:
+    """The opponent's."""
+    optimizer = BertAdam(model.parameters())
+
+    def step() -> None:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autograd.detect_anomaly() if anomalies else contextlib.nullcontext(),
+        ):
+            loss_of(model, model(*pair)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_logit_scale()
+
+    return step
+
+
+def in_turns(device: str, cases: dict[str, Case], turns: int) -> Callable[[], dict[str, list[float]]]:
+    """Seconds of each case in each of the turns, after two that do not count: a compiled model compiles twice, for its
+    gradients have changed their layout in the second step."""
+    steps = {name: prepare(device, case) for name, case in cases.items()}
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+
+    def run() -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(2 + turns):
+            for name, step in steps.items():
+                start = clock()
+                step()
+                if device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                seconds[name].append(clock() - start)
+        return {name: found[2:] for name, found in seconds.items()}
+
+    return run
 
 
 def timed_parts(
@@ -194,10 +198,10 @@ class Bench:
     """Words of a caption."""
     chunk: int = 32
     """Texts and videos compared at once in our step; 0 compares all."""
-    repeats: int = 3
+    turns: int = 5
     """Measured steps of each case."""
     cases: tuple[str, ...] = tuple(CASES)
-    """Which of the cases to run."""
+    """Which of the cases to run beside the opponent."""
     device: str = ""
     """cuda or cpu; empty: the best there is."""
 
@@ -210,30 +214,37 @@ class Bench:
             self.words,
             self.chunk,
         )
-        flops = base.batch * flops_per_clip(base.model())
         bf16 = has_bf16(torch.device(device))
-        peak, peak_float32 = peak_flops(torch.device(device), bf16), peak_flops(torch.device(device))
-        results: dict[str, Any] = {"flops_per_step": flops, "bf16": bf16, "peak_flops": peak}
-        for name in self.cases:
-            case = replace(base, **CASES[name])
-            # One run more: the second step of a compiled model still compiles, for its gradients have changed their
-            # layout.
-            measured = measure(prepare, device=device, repeats=self.repeats + 1, case=case)
-            results[name] = measured.plain()
-            speed = ""
-            if measured.seconds is not None:
-                share = flops / measured.seconds / (peak_float32 if case.baseline else peak)
-                rate = base.batch / measured.seconds
-                results[name] |= {"clips_per_second": round(rate, 2), "flop_utilisation": round(share, 4)}
-                speed = f"  {rate:9.1f} clips/s  {share:6.1%} of peak"
-            print(f"{name:32} {measured}{speed}", flush=True)
-        parts = measure(prepare, device=device, repeats=self.repeats, case=base, parts=True)
+        names = [name for name in CASES if name == OPPONENT or name in self.cases]
+        cases = {name: replace(base, **CASES[name]) for name in names if bf16 or "bf16" not in CASES[name]}
+        flops = base.batch * flops_per_clip(base.model())
+        results: dict[str, Any] = {"flops_per_step": flops}
+        timed = measure(in_turns, device=device, repeats=0, cases=cases, turns=self.turns)
+        if timed.result is None:
+            raise RuntimeError(timed.error)
+        opponent = timed.result[OPPONENT]
+        memory = {name: measure(prepare, device=device, repeats=0, case=case) for name, case in cases.items()}
+        for name, case in cases.items():
+            seconds = statistics.median(timed.result[name])
+            faster = [theirs / ours for theirs, ours in zip(opponent, timed.result[name], strict=True)]
+            peak, theirs = memory[name].peak_mib, memory[OPPONENT].peak_mib
+            results[name] = {
+                "seconds": round(seconds, 4),
+                "clips_per_second": round(base.batch / seconds, 2),
+                "flop_utilisation": round(flops / seconds / peak_flops(torch.device(device), case.bf16), 4),
+                "times_faster": round(statistics.median(faster), 3),
+                "times_faster_range": [round(min(faster), 3), round(max(faster), 3)],
+                "peak_mib": round(peak) if peak else None,
+                "memory_share": round(peak / theirs, 3) if peak and theirs else None,
+            }
+            print(f"{name:32} {results[name]}", flush=True)
+        parts = measure(prepare, device=device, repeats=1, case=base, parts=True)
         if parts.result:
             whole = sum(parts.result.values())
             results["parts"] = {name: round(seconds / whole, 4) for name, seconds in parts.result.items()}
             shares = ", ".join(f"{name} {share:.1%}" for name, share in results["parts"].items())
             print(f"parts of ours: {shares}")
-        report("step", results, device=device, repeats=self.repeats, **asdict(base))
+        report("step", results, device=device, turns=self.turns, **asdict(base))
 
 
 if __name__ == "__main__":

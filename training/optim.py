@@ -26,8 +26,7 @@ def make_optimizer(model: HBI, settings: OptimSettings) -> torch.optim.AdamW:
             (0.0, [p for p in trained if p.ndim < 2]),
         ):
             groups.append({"params": held, "name": name, "peak": peak, "weight_decay": decay})
-    on_gpu = all(parameter.device.type == "cuda" for parameter in model.parameters())
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=on_gpu)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def schedule(step: int, steps: int, warmup: float, floor: float) -> float:

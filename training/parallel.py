@@ -126,8 +126,7 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     norms = [torch.nn.utils.get_total_norm(same) for same in _by_kind(gradients) if same]
     norm = torch.linalg.vector_norm(torch.stack([full_tensor(n) for n in norms]))
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local_shard(gradient).mul_(scale)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], scale)
     return norm
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, MetaClip2Model
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from hbi.model.config import TowerConfig
 from hbi.model.tokens import last_present
@@ -130,6 +131,24 @@ class ConvStem(nn.Sequential):
         return self[0].weight  # type: ignore[return-value]
 
 
+class ClassTokenBlock(CLIPEncoderLayer):
+    """CLIP's last vision block: of its tokens the first alone is read, so the others are only looked at."""
+
+    def forward(
+        self, hidden: Float[Tensor, "images n width"], mask: None = None, **_: Any
+    ) -> Float[Tensor, "images 1 width"]:
+        attention: Any = self.self_attn
+
+        def heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        seen, first = self.layer_norm1(hidden), hidden[:, :1]
+        query, key, value = attention.q_proj(seen[:, :1]), attention.k_proj(seen), attention.v_proj(seen)
+        found = scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
+        first = first + attention.out_proj(found.transpose(1, 2).flatten(2))
+        return first + self.mlp(self.layer_norm2(first))
+
+
 class VisionTower(nn.Module):
     """CLIP's vision transformer: one token a frame, the projected class token."""
 
@@ -142,6 +161,7 @@ class VisionTower(nn.Module):
             self.embeddings.patch_embedding = ConvStem(stem, settings.patch_size, settings.hidden_size)
         self.norm_before = clip.vision_model.pre_layrnorm
         self.layers = clip.vision_model.encoder.layers
+        self.layers[-1].__class__ = ClassTokenBlock  # its weights, by their names
         self.norm = clip.vision_model.post_layernorm
         self.projection = clip.visual_projection
         self.checkpointing = False

@@ -27,12 +27,12 @@ from tests.training.test_loop import same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-STEPS = 120
+STEPS = 60
 """Enough that a run is under way for seconds."""
 
 
-def config_of(workers: int) -> TrainConfig:
-    config = tiny_run(workers=1 if workers == 1 else 0)
+def config_of(workers: int, loaders: int = 0) -> TrainConfig:
+    config = tiny_run(workers=loaders)
     return replace(
         config,
         optim=replace(config.optim, epochs=STEPS, steps=STEPS, ema=0.9),
@@ -42,12 +42,12 @@ def config_of(workers: int) -> TrainConfig:
     )
 
 
-def rank(number: int, shards: str, out: str, world_size: int) -> None:
+def rank(number: int, shards: str, out: str, world_size: int, loaders: int = 0) -> None:
     """One rank of a run without Ray, which ends at a signal."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}-meet", rank=number, world_size=world_size)
-    config = with_tokenizer(config_of(world_size), ShardIndex.read(shards), out)
+    config = with_tokenizer(config_of(world_size, loaders), ShardIndex.read(shards), out)
     try:
         with stop_requests() as stop:
             hooks = Hooks(log=lambda line: print(line, flush=True), stop=lambda: bool(stop()))
@@ -62,7 +62,10 @@ def rank(number: int, shards: str, out: str, world_size: int) -> None:
 def run_ranks(shards: Path, out: Path, world_size: int) -> None:
     Path(f"{out}-meet").unlink(missing_ok=True)
     with_tokenizer(config_of(world_size), ShardIndex.read(str(shards)), str(out))
-    mp.spawn(rank, (str(shards), str(out), world_size), nprocs=world_size)
+    if world_size == 1:
+        rank(0, str(shards), str(out), 1)
+    else:
+        mp.spawn(rank, (str(shards), str(out), world_size), nprocs=world_size)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def stopped(command: list[str], number: signal.Signals, group: bool) -> tuple[in
         start_new_session=True,
     )
     assert job.stdout is not None
-    hang = threading.Timer(180, job.kill)
+    hang = threading.Timer(240, job.kill)
     hang.start()
     said, started = "", []
     try:
