@@ -231,12 +231,14 @@ class Bench:
             results[name] = {
                 "seconds": round(seconds, 4),
                 "clips_per_second": round(base.batch / seconds, 2),
-                "flop_utilisation": round(flops / seconds / peak_flops(torch.device(device), case.bf16), 4),
                 "times_faster": round(statistics.median(faster), 3),
                 "times_faster_range": [round(min(faster), 3), round(max(faster), 3)],
                 "peak_mib": round(peak) if peak else None,
                 "memory_share": round(peak / theirs, 3) if peak and theirs else None,
             }
+            if device.startswith("cuda"):
+                share = flops / seconds / peak_flops(torch.device(device), case.bf16)
+                results[name]["flop_utilisation"] = round(share, 4)
             print(f"{name:32} {results[name]}", flush=True)
         parts = measure(prepare, device=device, repeats=1, case=base, parts=True)
         if parts.result:

@@ -330,7 +330,7 @@ class LossSettings:
     """The exact interaction is multiplied by this before its softmax (CLIP's largest logit scale; the published
     labels have 1000)."""
     chunk: int | None = None
-    """Largest number of texts and of videos compared at once; none: all."""
+    """Largest number of texts and of videos compared at once; none: as many as fit into 256 MiB."""
 
     def __post_init__(self) -> None:
         if self.objective not in ("exact", "published"):

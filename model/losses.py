@@ -8,8 +8,10 @@ from torch.nn.functional import kl_div, softplus
 from hbi.model.banzhaf import exact_interaction
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
-from hbi.model.similarity import pair_similarity, weighted_similarity
+from hbi.model.similarity import fitting_chunk, pair_similarity, weighted_similarity
 
+Similarities = dict[str, tuple[Tensor, Tensor | None]]
+"""By level: [rows, candidates] of texts with videos, and the same of videos with texts (None: its transpose)."""
 QUADRATURE_NODES = 128
 """Of the exact target: enough while the weight logits of a text or a video lie within 25 of each other."""
 
@@ -111,23 +113,34 @@ def hbi_loss(
             losses = published_loss(pool._replace(logit_scale=local.logit_scale), settings)
             share = len(local.text["entity"].mask) / batch
             return {name: value * share for name, value in losses.items()}
-        return _exact_loss(local, pool, first, settings, batch)
+        return loss_of_similarities(local, cross_similarities(local, pool, settings), first, settings, batch)
 
 
-def _exact_loss(
-    local: Encoded, pool: Encoded, first: int, settings: LossSettings, batch: int
+def cross_similarities(local: Encoded, pool: Encoded, settings: LossSettings) -> Similarities:
+    """Every row of `local` with every row of `pool`, at the levels that are learned."""
+    found: Similarities = {}
+    for level in settings.learned:
+        text, video = local.text[level], local.video[level]
+        chunk = settings.chunk or fitting_chunk(text.mask.shape[1], video.mask.shape[1])
+        of_texts = weighted_similarity(text, pool.video[level], chunk)
+        of_videos = None if local is pool else weighted_similarity(pool.text[level], video, chunk).T
+        found[level] = of_texts, of_videos
+    return found
+
+
+def loss_of_similarities(
+    local: Encoded, similarities: Similarities, first: int, settings: LossSettings, batch: int
 ) -> dict[str, Float[Tensor, ""]]:
+    """`hbi_loss` with the exact objective, from the similarities of the local rows with the whole batch."""
     targets = interaction_targets(local, settings) if settings.interaction else {}
     losses: dict[str, Tensor] = {}
     total = local.logit_scale.new_zeros(())
     teacher: tuple[Tensor, Tensor] | None = None
     for level in settings.learned:
         text, video = local.text[level], local.video[level]
-        of_texts = local.logit_scale * weighted_similarity(text, pool.video[level], settings.chunk)
-        if local is pool:
-            of_videos = of_texts.T
-        else:
-            of_videos = local.logit_scale * weighted_similarity(pool.text[level], video, settings.chunk).T
+        with_videos, with_texts = similarities[level]
+        of_texts = local.logit_scale * with_videos
+        of_videos = of_texts.T if with_texts is None else local.logit_scale * with_texts
         if settings.contrast == "softmax":
             contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
         else:

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from hbi.model.tokens import Tokens, at_least_float32
 
 Padding = Literal["absent", "zero"]
+BLOCK_BYTES = 2**28
+"""Of the cosines of a block whose size nobody chose."""
 Side = tuple[Tensor, Tensor, Tensor]
 """Directions [batch, n, dim], weights [batch, n] and mask [batch, n] of the tokens of one side."""
 
@@ -78,6 +80,11 @@ def weighted_similarity(
         words = (_directions(text.tokens), text.weights(), text.mask)
         frames = (_directions(video.tokens), video.weights(), video.mask)
         return _blocks(words, frames, chunk, padding)
+
+
+def fitting_chunk(words: int, frames: int) -> int:
+    """Texts and videos whose cosines, compared at once, take `BLOCK_BYTES`."""
+    return max(1, int((BLOCK_BYTES / (4 * max(1, words * frames))) ** 0.5))
 
 
 def _blocks(words: Side, frames: Side, chunk: int | None, padding: Padding) -> Float[Tensor, "texts videos"]:

@@ -194,7 +194,11 @@ class Training:
             return encoded
 
         return backward(
-            encode, self._micro_batches(batch), self.config.loss, lambda on: averaging(self.wrapped, on)
+            encode,
+            self._micro_batches(batch),
+            self.config.loss,
+            lambda on: averaging(self.wrapped, on),
+            exchange=self.config.compute.exchange,
         )
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:

@@ -78,6 +78,21 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class ExchangeSettings:
+    """How ranks learn of each other's clips."""
+
+    form: Literal["gather", "ring"] = "gather"
+    """Every rank holds the tokens of the global batch, or they go from rank to rank: then a rank's memory does not grow
+    with their number, and each step sends twice as often."""
+    wire: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which tokens travel. The halves cost three digits of a cosine; whatever is summed is summed in float32."""
+
+
+GATHERED = ExchangeSettings()
+"""All tokens on every rank, in float32."""
+
+
+@dataclass(frozen=True)
 class ComputeSettings:
     """How a step is computed. None of it changes what is computed, beyond rounding."""
 
@@ -87,6 +102,8 @@ class ComputeSettings:
     """bfloat16 autocast where the hardware has it; weights and optimiser stay float32."""
     compile: bool = False
     """torch.compile the model: pays on a GPU in runs of thousands of steps."""
+    exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
+    """How ranks learn of each other's clips."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +292,12 @@ class TrainConfig:
                 self.model.captions.layers,
                 "caption" not in self.task or self.model.captions.layers >= 1,
                 "1 or more where captions are trained (--set.task caption)",
+            ),
+            (
+                "compute.exchange.form",
+                self.compute.exchange.form,
+                self.compute.exchange.form == "gather" or self.loss.objective == "exact",
+                "gather where --set.loss.objective is published, which needs the whole batch on every rank",
             ),
             ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
         ]

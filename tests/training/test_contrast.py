@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import HBI, Encoded
-from hbi.training.contrast import backward, contrast, detach_tokens, gather_rows
+from hbi.training.contrast import backward, contrast, detach_tokens
+from hbi.training.exchange import gather_rows
 from hbi.training.optim import make_optimizer
 from hbi.training.parallel import (
     Process,
@@ -25,9 +26,7 @@ from hbi.training.parallel import (
     full_tensor,
     parallelize,
 )
-
-# _model, full_tensor
-from hbi.training.settings import ComputeSettings, OptimSettings
+from hbi.training.settings import GATHERED, ComputeSettings, ExchangeSettings, OptimSettings
 from tests.support.training_shards import FRAMES, SIZE, tiny_model
 
 WORDS = 12
@@ -39,6 +38,13 @@ CASES = {
     "in pieces": ([3, 1, 2, 2], LossSettings(interaction=1.0, distillation=2.0), 2),
     "sigmoid": ([2, 0, 3], LossSettings(interaction=1.0, distillation=2.0, contrast="sigmoid"), 1),
     "sigmoid in pieces": ([4, 1], LossSettings(contrast="sigmoid"), 2),
+    "ring of two": ([3, 2], LossSettings(interaction=1.0, distillation=2.0), 1),
+    "ring of three, one without a clip": ([5, 0, 2], LossSettings(interaction=1.0, distillation=2.0), 1),
+    "ring of four, chunked, in pieces": (
+        [3, 1, 2, 2],
+        LossSettings(interaction=1.0, distillation=2.0, chunk=2),
+        2,
+    ),
     "published": ([2, 3, 1, 2], LossSettings(interaction=1.0, distillation=2.0, objective="published"), 1),
 }
 
@@ -62,11 +68,19 @@ def global_batch(clips: int) -> tuple[Tensor, ...]:
     return ids, torch.arange(WORDS) < lengths, video, torch.arange(FRAMES) < shown
 
 
-def learn(
-    model: HBI, wrapped: nn.Module, batch: tuple[Tensor, ...], settings: LossSettings, pieces: int, group=None
+def learn(  # noqa: PLR0913 (as many as a case has)
+    model: HBI,
+    wrapped: nn.Module,
+    batch: tuple[Tensor, ...],
+    settings: LossSettings,
+    pieces: int,
+    group=None,
+    exchange: ExchangeSettings = GATHERED,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     cut = list(zip(*(tensor.tensor_split(pieces) for tensor in batch), strict=True))
-    losses = backward(lambda piece: wrapped(*piece), cut, settings, lambda on: averaging(wrapped, on), group)
+    losses = backward(
+        lambda piece: wrapped(*piece), cut, settings, lambda on: averaging(wrapped, on), group, exchange
+    )
     if group is not None:
         for loss in losses.values():
             dist.all_reduce(loss, group=group)
@@ -89,7 +103,8 @@ def run_cases(rank: int, folder: str) -> None:
         model = fresh_model(settings)
         wrapped = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
         batch = tuple(tensor.split(sizes)[rank] for tensor in global_batch(sum(sizes)))
-        results[name] = learn(model, wrapped, batch, settings, pieces, group)
+        exchange = ExchangeSettings("ring" if name.startswith("ring") else "gather")
+        results[name] = learn(model, wrapped, batch, settings, pieces, group, exchange)
     for accumulate in (1, 2):
         results[f"fsdp {accumulate}"] = learn_split(rank, accumulate)
     rows = torch.full((rank, 2), float(rank), requires_grad=True)
