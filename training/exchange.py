@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
         most = max(sizes)
         sent = padded(rows, most).to(wire)
         buffer = sent.new_empty(len(sizes) * most, *rows.shape[1:])
-        dist.all_gather_into_tensor(buffer, sent, group=group)
+        dist.all_gather_single(buffer, sent, group=group)
         if len(set(sizes)) > 1:
             buffer = torch.cat([part[:size] for part, size in zip(buffer.split(most), sizes, strict=True)])
         return buffer.to(rows.dtype)
@@ -46,7 +46,7 @@ class _Gather(torch.autograd.Function):
             gradient = torch.cat([padded(part, most) for part in gradient.split(sizes)])
         ours = gradient.new_empty(most, *gradient.shape[1:])
         if ctx.wire == torch.float32:
-            dist.reduce_scatter_tensor(ours, gradient, group=ctx.group)
+            dist.reduce_scatter_single(ours, gradient, group=ctx.group)
         else:  # bfloat16 for both halves, since gradients are small; sums in float32
             received = torch.empty_like(gradient, dtype=torch.bfloat16)
             dist.all_to_all_single(received, gradient.bfloat16(), group=ctx.group)
@@ -64,7 +64,7 @@ def padded(rows: Tensor, size: int) -> Tensor:
 def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     """How many rows each rank has; one synchronisation with the host."""
     counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device), group=group)
+    dist.all_gather_single(counts, torch.tensor([len(rows)], device=rows.device), group=group)
     return counts.tolist()
 
 

@@ -72,6 +72,12 @@ def test_step() -> None:
     assert found["ours"]["seconds"] > 0 and found["ours"]["times_faster"] > 0
 
 
+def test_exchange() -> None:
+    found = bench("exchange", "--ranks", "2", "--clips", "3", "--dim", "8")
+    gathered, ring = found["gather, 2 ranks"], found["ring, 2 ranks"]
+    assert ring["loss"] == pytest.approx(gathered["loss"], rel=1e-5) and gathered["peak_mib"] >= 0
+
+
 def test_tracking() -> None:
     found = bench("tracking", "--calls", "3", "--step-milliseconds", "0.1")
     assert {"none", "http, server dead: Tracker.metrics"} <= found.keys()

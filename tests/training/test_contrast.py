@@ -107,6 +107,13 @@ def run_cases(rank: int, folder: str) -> None:
         results[name] = learn(model, wrapped, batch, settings, pieces, group, exchange)
     for accumulate in (1, 2):
         results[f"fsdp {accumulate}"] = learn_split(rank, accumulate)
+    halves = {}
+    for wire in (torch.float32, torch.bfloat16):
+        rows = torch.full((rank, 2), 1 + rank / 1000, requires_grad=True)
+        gathered, _ = gather_rows(rows, wire=wire)
+        (gathered * (1 + rank / 3)).sum().backward()
+        halves[str(wire)] = gathered.detach(), rows.grad
+    results["halves"] = halves
     rows = torch.full((rank, 2), float(rank), requires_grad=True)
     gathered, first = gather_rows(rows)
     (gathered * (rank + 1)).sum().backward()
@@ -192,6 +199,15 @@ def test_gathered_rows_lie_in_the_order_of_ranks_and_collect_the_gradients_of_al
         assert gathered[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
         assert first == [0, 0, 1, 3][rank]
         assert torch.equal(gradient, torch.full((rank, 2), 1.0 + 2 + 3 + 4))
+
+
+def test_half_precision_travels_and_is_summed_in_float32(results: list[dict]) -> None:
+    for rank in range(1, 4):
+        (exact, exact_gradient), (rounded, gradient) = results[rank]["halves"].values()
+        assert torch.equal(rounded, exact.bfloat16().float()) and not torch.equal(rounded, exact)
+        said = torch.tensor([1 + other / 3 for other in range(4)])
+        assert torch.allclose(exact_gradient, said.sum())
+        assert torch.equal(gradient, said.bfloat16().float().sum().expand_as(gradient))
 
 
 class Largest(TorchDispatchMode):
