@@ -85,10 +85,7 @@ def main(
     from hbi.serving.settings import ServeSettings
 
     answering = model_of(index)
-    results: dict[str, Any] = {
-        "bare_loop": bare_loop(answering.folder, answering.tracking, index, seconds, k)
-    }
-    print("bare loop ", results["bare_loop"], flush=True)
+    results: dict[str, Any] = {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,6 +97,9 @@ def main(
         for count in clients:
             results[f"clients_{count}"] = load(port, count, seconds, k)
             print(f"{count:3} clients", results[f"clients_{count}"], flush=True)
+    # Last: where LanceDB is open already, Ray cannot be started without a fork of it.
+    results["bare_loop"] = bare_loop(answering.folder, answering.tracking, index, seconds, k)
+    print("bare loop ", results["bare_loop"], flush=True)
     report("serving", results, seconds=seconds, k=k, replicas=replicas)
 
 
