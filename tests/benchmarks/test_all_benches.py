@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hbi.infra.mlflow.runs import runs_table
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
@@ -28,9 +30,40 @@ def bench(name: str, *arguments: str) -> dict[str, Any]:
 
 def test_every_benchmark_is_run_by_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "report"}
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {
+        "__init__",
+        "report",
+        "ablation_rows",
+    }
     called = {name for name in files if re.search(rf'bench\(\s*"{name}"|\b{name}\.(main|Bench)\(', tests)}
     assert files == called
+
+
+def test_ablation(tmp_path: Path) -> None:
+    arguments = (
+        "--clips",
+        "40",
+        "--steps",
+        "2",
+        "--batch",
+        "8",
+        "--seeds",
+        "1",
+        "--matches",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
+    rows = ("1 mean pooling", "2 weighted token-wise similarity")
+    found = bench("ablation", *arguments, "--rows", "0", "1")
+    assert tuple(found) == rows and all(0 <= found[row]["t2v R@1"][0] <= 100 for row in rows)
+    assert (tmp_path / "moments" / "ablation.svg").read_text().startswith("<?xml")
+    measured = (tmp_path / "moments" / "results.jsonl").read_text()
+    assert bench("ablation", *arguments, "--rows", "0", "1") == found
+    assert (tmp_path / "moments" / "results.jsonl").read_text() == measured, (
+        "what is measured is not measured again"
+    )
+    assert "1 mean pooling, seed 0" in runs_table(uri=f"sqlite:///{tmp_path}/mlflow.db", width=400)
 
 
 def test_decoders(media: Path) -> None:
