@@ -78,6 +78,7 @@ def one_container(film: str, clips: Clips, out: str, settings: ShardSettings) ->
     encode_jpeg(np.zeros((8, 8, 3), np.uint8), 95)
     source: Any = storage.filesystem(film).open(film, "rb") if storage.is_remote(film) else film
     before = read_by("self")
+    container: Any
     with av.open(source) as container, tarfile.open(f"{out}/loop.tar", "w") as tar:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -114,10 +115,10 @@ def ours(film: str, clips: Clips, out: str, settings: ShardSettings) -> int:
     storage.read_range = counted
     read, end = [], DecodeWorker.end
 
-    def ended(worker: DecodeWorker) -> None:
-        if worker.alive:
-            read.append(read_by(worker._process.pid) - worker_start)
-        end(worker)
+    def ended(self: DecodeWorker) -> None:
+        if self.alive:
+            read.append(read_by(self._process.pid) - worker_start)
+        end(self)
 
     with Decoder(settings.frame_settings) as idle:
         with suppress(DecodeError):

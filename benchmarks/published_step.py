@@ -8,6 +8,7 @@ at a time.
 
 from collections.abc import Iterable
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,9 @@ def loss_of(model: HBI, encoded: Encoded) -> Tensor:
         similarity, pairs = similarities(text, video)
         logits = encoded.logit_scale * similarity
         rows = [way.log_softmax(-1).diagonal().mean() for way in (logits, logits.T)]
-        assert model.estimator is not None
+        estimator: Any = model.estimator
         with torch.no_grad():
-            teacher = model.estimator(pairs)
+            teacher = estimator(pairs)
         student = encoded.predicted[level]
         turned = (2, 1, 0)
         aligned = divergence(student, teacher) + divergence(student.permute(turned), teacher.permute(turned))

@@ -285,7 +285,7 @@ def has_ranges(path: str) -> bool:
         async with (await remote.set_session()).head(path, allow_redirects=True) as answer:
             return answer.headers.get("Accept-Ranges") == "bytes"
 
-    return _persist(path, lambda: sync(remote.loop, says_so))
+    return bool(_persist(path, lambda: sync(remote.loop, says_so)))
 
 
 def read_bytes(path: str) -> bytes:

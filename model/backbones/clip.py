@@ -135,14 +135,14 @@ class ClassTokenBlock(CLIPEncoderLayer):
     """CLIP's last vision block: of its tokens the first alone is read, so the others are only looked at."""
 
     def forward(
-        self, hidden: Float[Tensor, "images n width"], mask: None = None, **_: Any
+        self, hidden_states: Float[Tensor, "images n width"], attention_mask: Any = None, **_: Any
     ) -> Float[Tensor, "images 1 width"]:
         attention: Any = self.self_attn
 
         def heads(tokens: Tensor) -> Tensor:
             return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-        seen, first = self.layer_norm1(hidden), hidden[:, :1]
+        seen, first = self.layer_norm1(hidden_states), hidden_states[:, :1]
         query, key, value = attention.q_proj(seen[:, :1]), attention.k_proj(seen), attention.v_proj(seen)
         found = scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
         first = first + attention.out_proj(found.transpose(1, 2).flatten(2))

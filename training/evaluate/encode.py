@@ -17,7 +17,7 @@ from hbi.model.levels import LEVELS
 from hbi.model.tokenizer import tokenize
 from hbi.model.tokens import Tokens
 from hbi.pipelines.sample import Sample, ShardIndex, check_shards, read_shard
-from hbi.training.contrast import gather_rows
+from hbi.training.exchange import gather_rows
 from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
 

@@ -12,7 +12,6 @@ explained, and the run of frames that this names (`hbi.model.moments`) overlaps 
 IoU 0.5 and more (R1@0.5 of moment retrieval).
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -229,7 +228,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.clips = self.moments = 0
-        self.hits: Counter[str] = Counter()
+        self.hits: dict[str, float] = dict.fromkeys((*METHODS, "chance"), 0.0)
         self.overlaps: dict[str, list[float]] = {way: [] for way in METHODS}
 
     def add(
