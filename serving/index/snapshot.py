@@ -116,7 +116,7 @@ class Snapshot:
 
     def frames(self, row: int) -> np.ndarray:
         """The frames of a clip, each by itself, float16 [frames, dim]. KeyError where it is gone."""
-        found = self._take(np.asarray([row]), ["frames"])["frames"]
+        found = self._take(np.asarray([row]), ["_rowid", "frames"])["frames"]
         if not len(found):
             raise KeyError(row)
         return np.frombuffer(found[0].as_buffer(), np.float16).reshape(-1, self.dim)
