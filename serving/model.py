@@ -40,8 +40,8 @@ NO_HEAD = {
 }
 """What is said where a model lacks the head of a task."""
 
-Video = str | Path | UInt8[np.ndarray, "frames height width 3"]
-"""A path, or frames as they were shot."""
+Video = str | Path | bytes | UInt8[np.ndarray, "frames height width 3"]
+"""A path, what a file holds, or frames as they were shot."""
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,10 @@ class Model:
                 chosen
             ].tolist()
         try:
-            clip = decoder.decode(self.fetch(str(video)))
+            clip = decoder.decode(video if isinstance(video, bytes) else self.fetch(str(video)))
         except (DecodeError, OSError) as error:
-            raise ValueError(f"{video}: gives no frames ({error})") from None
+            name = f"a video of {len(video)} bytes" if isinstance(video, bytes) else video
+            raise ValueError(f"{name}: gives no frames ({error})") from None
         return np.stack(clip.frames), list(clip.timestamps)
 
 
