@@ -91,7 +91,8 @@ def _searching(api: FastAPI, front: Front) -> None:
 
     @api.post("/explain")
     async def explain(request: ExplainRequest) -> Any:
-        """The exact Banzhaf interaction of every word with every frame: `interaction[word][frame]`."""
+        """What each word and frame adds to the match (`word_values`, `frame_values`), and each pair beyond what both add
+        alone (`interaction[word][frame]`): Banzhaf's, in the game on what goes in."""
         text = require_text("text", request.text, LONGEST_TEXT)
         return Plain(await ask("replica", "explain", text, (await front.clip(request.id)).id))
 

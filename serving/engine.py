@@ -24,13 +24,13 @@ from hbi.pipelines.decoding.clip import Clip as DecodedClip
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows
-from hbi.serving.explain import by_word, interactions
+from hbi.serving.explain import interactions
 from hbi.serving.index.rows import Clip, labelled, rows_of
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import local_file, look_at
-from hbi.serving.model import LEVEL, Model, interaction_of
+from hbi.serving.model import Model
 from hbi.serving.refusal import Refused
 
 FRESH_SECONDS = 1.0
@@ -124,27 +124,20 @@ class Engine:
         each word with each frame, and the moment that the frames name."""
         snapshot, row = self._held(id)
         clip = snapshot.clips([row])[0]
-        text, video = (
-            {LEVEL: Tokens(*(part.to(self.model.device) for part in tokens))}
-            for tokens in (sentence.tokens, self._tokens(snapshot, [row]))
-        )
-        with torch.inference_mode():
-            found = interaction_of(self.model.model, text, video)[0].float().cpu()
-        tokens = found[:, : len(clip.timestamps)]
         try:
             frames = torch.from_numpy(snapshot.frames(row).astype(np.float32)).to(self.model.device)
         except KeyError:
             raise Refused(404, f"no video {id!r}") from None
         ids = torch.tensor(sentence.ids, device=self.model.device)
-        word_values, frame_values = self.model.values(ids, sentence.word_of_token, frames, EXPLAINED)
-        first, last = moment(torch.from_numpy(frame_values), clip.timestamps, clip.end)
+        found = self.model.importance(ids, sentence.word_of_token, frames, EXPLAINED)
+        first, last = moment(found.frames, clip.timestamps, clip.end)
         return {
             "id": id,
             "words": sentence.words,
             "times": clip.timestamps,
-            "interaction": by_word(tokens, sentence.word_of_token).tolist(),
-            "word_values": word_values.tolist(),
-            "frame_values": frame_values.tolist(),
+            "interaction": found.interaction.tolist(),
+            "word_values": found.words.tolist(),
+            "frame_values": found.frames.tolist(),
             "moment": [first, last],
             "note": self._note(sentence),
         }

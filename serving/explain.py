@@ -22,11 +22,3 @@ def interactions(query: Tokens, clips: Tokens) -> Float[Tensor, "clips words fra
         query.mask.expand(count, -1),
         clips.mask,
     )
-
-
-def by_word(
-    interaction: Float[Tensor, "tokens frames"], word_of_token: list[int]
-) -> Float[Tensor, "words frames"]:
-    """The rows of a word's pieces added up."""
-    words = torch.zeros(max(word_of_token) + 1, interaction.shape[1], dtype=interaction.dtype)
-    return words.index_add(0, torch.tensor(word_of_token), interaction)

@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from hbi.model.banzhaf import exact_interaction
-from hbi.model.coalitions import COALITIONS, importance
+from hbi.model.coalitions import COALITIONS, Importance, importance
 from hbi.model.config import DecodeSettings, FrameSettings
 from hbi.model.frames import resize_crop, sample_indices
 from hbi.model.hbi import HBI
-from hbi.model.similarity import pair_similarity
 from hbi.model.tokenizer import caption_marks, detokenize, tokenize
 from hbi.model.tokens import Tokens
 from hbi.pipelines.decoding.clip import DecodeError
@@ -53,7 +51,8 @@ class Explanation:
     times: list[float]
     """When each frame is shown, in seconds (its number, where the video was given as frames)."""
     interaction: Float[np.ndarray, "words frames"]
-    """What a word and a frame are worth together beyond what each is worth alone."""
+    """What a word and a frame add together beyond what each adds alone, in the game on what goes in
+    (`hbi.model.coalitions`); marks have 0."""
     word_values: Float[np.ndarray, " words"]
     """What each word adds to the score of a random set of the others with all frames; marks are no players and have 0.
     Leaving words out in this order makes the score fall nearly as fast as any order can."""
@@ -61,20 +60,6 @@ class Explanation:
     """What each frame adds to the score of a few of the others with all words: by it frames are ranked."""
     frames: UInt8[np.ndarray, "frames size size 3"]
     """The frames, as the model saw them."""
-
-
-def interaction_of(
-    model: HBI, text: dict[str, Tokens], video: dict[str, Tokens]
-) -> Float[Tensor, "batch n m"]:
-    """What an explanation shows of each pair: the exact Banzhaf interaction of its words and frames.
-
-    The players are those of training: rebuilt ones, where the model reconstructs.
-    """
-    text, video = model.reconstruct(text, video)
-    words, frames = text[LEVEL], video[LEVEL]
-    return exact_interaction(
-        pair_similarity(words, frames), words.logits, frames.logits, words.mask, frames.mask
-    )
 
 
 class Model:
@@ -180,33 +165,25 @@ class Model:
 
     @torch.inference_mode()
     def explain(self, video: Video, text: str) -> Explanation:
-        """Which word of a sentence met which frame of a video, and what each is good for.
-
-        See `interaction_of`, and `hbi.model.coalitions` for the values.
-        """
-        ids, mask = self._tokens([text], "text")
-        [(frames, frame_mask, clips)] = list(self._encoded([video]))
-        words, _ = self.model.encode_text(ids, mask)
-        found = interaction_of(
-            self.model, self.model.text_levels(words, mask), self.model.video_levels(frames, frame_mask)
-        )
+        """Which word of a sentence met which frame of a video, and what each is good for."""
+        ids, _ = self._tokens([text], "text")
+        [(_, _, clips)] = list(self._encoded([video]))
         images, times = clips[0]
         written, of_token = words_of(self.tokenizer, ids[0].tolist())
-        table = torch.zeros(len(written), len(images))
-        table.index_add_(0, torch.tensor(of_token), found[0, :, : len(images)].float().cpu())
         alone = self.model.encode_frames(torch.from_numpy(images)[None].to(self.device))[0]
-        word_values, frame_values = self.values(ids[0], of_token, alone)
-        return Explanation(written, times, table.numpy(), word_values, frame_values, images)
+        found = self.importance(ids[0], of_token, alone)
+        parts = (found.interaction.numpy(), found.words.numpy(), found.frames.numpy())
+        return Explanation(written, times, *parts, images)
 
     @torch.inference_mode()
-    def values(
+    def importance(
         self,
         ids: Int[Tensor, " tokens"],
         of_token: list[int],
         frames: Float[Tensor, "frames dim"],
         most: int = COALITIONS,
-    ) -> tuple[Float[np.ndarray, " words"], Float[np.ndarray, " frames"]]:
-        """Values of the words, marks among them with 0, and of the frames; see `hbi.model.coalitions.importance`.
+    ) -> Importance:
+        """`hbi.model.coalitions.importance` with the marks among the words: they are no players, and have 0.
 
         of_token: of `words_of`; frames: of `HBI.encode_frames`; most: coalitions of a side.
         """
@@ -217,9 +194,10 @@ class Model:
         number = {word: place for place, word in enumerate(players)}
         numbers = torch.tensor([number.get(word, -1) for word in of_token], device=self.device)
         found = importance(self.model, ids, numbers, frames, most)
-        word_values = np.zeros(max(of_token) + 1, np.float32)
-        word_values[players] = found.words.numpy()
-        return word_values, found.frames.numpy()
+        words = torch.zeros(max(of_token) + 1)
+        pairs = torch.zeros(len(words), len(frames))
+        words[players], pairs[players] = found.words, found.interaction
+        return Importance(words, found.frames, pairs, found.score)
 
     # ------------------------------------------------------------------------------------------------ tokens
 
