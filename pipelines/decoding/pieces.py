@@ -8,8 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hbi.infra import storage
-
 BLOCK_BYTES = 1 << 18
 """What is asked for at least; pieces begin and end at multiples of it."""
 MOST_BYTES = 1 << 20
@@ -33,6 +31,8 @@ class RemoteVideo:
 
     def read(self, start: int, length: int) -> bytes:
         """A piece of it; what `storage.read_range` raises."""
+        from hbi.infra import storage  # a model package decodes files, and holds no storage
+
         return storage.read_range(self.uri, start, length)
 
 

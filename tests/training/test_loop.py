@@ -141,8 +141,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_shards_and_checkpoint(
 ) -> None:
     real, steps = loop.backward, iter(range(100))
 
-    def backward(*arguments: Any) -> dict[str, Tensor]:
-        losses = real(*arguments)
+    def backward(*arguments: Any, **named: Any) -> dict[str, Tensor]:
+        losses = real(*arguments, **named)
         return {name: loss * float("nan") for name, loss in losses.items()} if next(steps) == 4 else losses
 
     monkeypatch.setattr(loop, "backward", backward)
