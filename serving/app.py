@@ -91,8 +91,8 @@ def _searching(api: FastAPI, front: Front) -> None:
 
     @api.post("/explain")
     async def explain(request: ExplainRequest) -> Any:
-        """What each word and frame adds to the match (`word_values`, `frame_values`), and each pair beyond what both add
-        alone (`interaction[word][frame]`): Banzhaf's, in the game on what goes in."""
+        """What each word and frame adds (`word_values`, `frame_values`), and each pair beyond what both add alone
+        (`interaction[word][frame]`): Banzhaf's, in the game on what goes in."""
         text = require_text("text", request.text, LONGEST_TEXT)
         return Plain(await ask("replica", "explain", text, (await front.clip(request.id)).id))
 

@@ -127,7 +127,7 @@ class Engine:
         try:
             frames = torch.from_numpy(snapshot.frames(row).astype(np.float32)).to(self.model.device)
         except KeyError:
-            raise Refused(404, f"no video {id!r}") from None
+            raise unknown(id) from None
         ids = torch.tensor(sentence.ids, device=self.model.device)
         found = self.model.importance(ids, sentence.word_of_token, frames, EXPLAINED)
         first, last = moment(found.frames, clip.timestamps, clip.end)
