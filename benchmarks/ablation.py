@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -124,7 +125,7 @@ class Ablation:
                 for name, metrics in measured.items():
                     print(f"{name}  seed {seed}  R@1 {metrics['t2v/R@1']:.1f}  {seconds:.0f} s", flush=True)
         means = summary(held)
-        print(table(means))
+        print(table(means, Counter(name for entry in held for name in entry["measured"])))
         picture(means, folder / "ablation.svg")
         report("ablation", means, **settings, seeds=self.seeds)
 
@@ -340,14 +341,20 @@ def summary(held: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, floa
     return found
 
 
-def table(means: dict[str, dict[str, tuple[float, float, float]]]) -> str:
-    """Markdown: mean and range."""
+def table(means: dict[str, dict[str, tuple[float, float, float]]], seeds: Counter[str]) -> str:
+    """Markdown: mean and range, over so many seeds."""
     columns = [shown for shown in SHOWN.values() if any(shown in row for row in means.values())]
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "| --- | --- |" + " --- |" * len(columns)]
     for name, row in means.items():
-        cells = [f"{row[c][0]:.1f} ({row[c][1]:.1f}-{row[c][2]:.1f})" if c in row else "" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [spread(row[column]) if column in row else "" for column in columns]
+        lines.append(f"| {name} | {seeds[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(values: tuple[float, float, float]) -> str:
+    """Mean and range; of one seed, the number."""
+    mean, lowest, highest = values
+    return f"{mean:.1f} ({lowest:.1f}-{highest:.1f})" if lowest < highest else f"{mean:.1f}"
 
 
 def picture(means: dict[str, dict[str, tuple[float, float, float]]], path: Path) -> None:
