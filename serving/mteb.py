@@ -35,7 +35,7 @@ class MTEBModel:
     @property
     def mteb_model_meta(self) -> Any:
         """What MTEB notes of the model."""
-        from mteb.models import ModelMeta
+        from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports] (an extra)
 
         config = self.model.model.config
         return ModelMeta.create_empty(
@@ -98,7 +98,7 @@ class MTEBModel:
 
 def _videos(dataset: Any) -> Iterable[Any]:
     """Paths of a dataset's videos, or their frames where it holds the files' bytes."""
-    from datasets import Video
+    from datasets import Video  # pyright: ignore[reportMissingImports] (comes with mteb)
 
     for row in dataset.cast_column("video", Video(decode=False)).select_columns(["video"]):
         yield row["video"]["bytes"] or row["video"]["path"]
