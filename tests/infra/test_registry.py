@@ -57,10 +57,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tupl
     return uri, runs
 
 
-def test_a_version_holds_an_example_that_it_takes(filled: tuple[str, list[str]]) -> None:
+def test_a_version_holds_an_example_that_it_takes(
+    filled: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     version = stores.client(filled[0]).get_model_version("hbi", "1")
+    # MLflow leaves a loaded package's code first on the path: processes started later would find it, and not the whole.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     model = mlflow.pyfunc.load_model(str(version.source))
     assert model.input_example is not None
     assert model.input_example.to_dict("list") == {"text": ["a red square moves left"]}
