@@ -18,6 +18,7 @@ import numpy as np
 from hbi.model.frames import TIME_EPSILON
 from hbi.pipelines.decoding.container import demuxed, failed, opened, stated_rate
 from hbi.pipelines.decoding.filetype import boxes
+from hbi.pipelines.decoding.pieces import Seekable
 from hbi.pipelines.decoding.timeline import (
     REORDERED,
     Packets,
@@ -49,26 +50,12 @@ class IndexDistrusted(Exception):
 # --- mp4 ------------------------------------------------------------------------------------------------------------
 
 
-class _WithoutPictures(io.BufferedIOBase):
+class _WithoutPictures(Seekable):
     """An mp4 file in which zeros stand for what its media boxes hold, and nothing is read of them."""
 
     def __init__(self, source: BinaryIO, media: list[tuple[int, int]], size: int) -> None:
-        self.source, self.media, self.size, self.place = source, media, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self.place = max(
-            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
-        )
-        return self.place
+        super().__init__(size)
+        self.source, self.media = source, media
 
     def read(self, length: int | None = -1, /) -> bytes:
         """Up to so many bytes, at most to where a media box begins or ends."""

@@ -28,12 +28,8 @@ class RemoteVideo:
     """Where it lies."""
     size: int
     """Its bytes."""
-
-    def read(self, start: int, length: int) -> bytes:
-        """A piece of it; what `storage.read_range` raises."""
-        from hbi.infra import storage  # a model package decodes files, and holds no storage
-
-        return storage.read_range(self.uri, start, length)
+    read: Callable[[int, int], bytes]
+    """A piece of it, by its first byte and its length."""
 
 
 class Pieces:
@@ -66,9 +62,11 @@ class Pieces:
         return _Stream(self)
 
 
-class _Stream(io.BufferedIOBase):
-    def __init__(self, pieces: Pieces) -> None:
-        self.pieces, self.place = pieces, 0
+class Seekable(io.BufferedIOBase):
+    """A file of a known size that is read from a place: what such files have beside `read`."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.place = size, 0
 
     def readable(self) -> bool:
         return True
@@ -80,13 +78,19 @@ class _Stream(io.BufferedIOBase):
         return self.place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.pieces.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
         self.place = max(0, base + offset)
         return self.place
 
+
+class _Stream(Seekable):
+    def __init__(self, pieces: Pieces) -> None:
+        super().__init__(pieces.size)
+        self.pieces = pieces
+
     def read(self, length: int | None = -1, /) -> bytes:
         """So many bytes, fewer only at the end of the file."""
-        left = self.pieces.size - self.place
+        left = self.size - self.place
         left = max(0, left if length is None or length < 0 else min(length, left))
         parts = []
         while left:

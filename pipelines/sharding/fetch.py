@@ -101,7 +101,7 @@ def _fetch(rows: list[Row], staging: str, whole: bool) -> Video | Failure:
             parts = not whole and all(row.end is not None for row in rows) and storage.has_ranges(row.video)
             size = storage.size(row.video) if parts else 0
             if size > IN_PARTS_BYTES:
-                return RemoteVideo(row.video, size)
+                return RemoteVideo(row.video, size, partial(storage.read_range, row.video))
             return storage.local_copy(row.video, staging)
         path = storage.absolute(row.video)
         mode = os.stat(path).st_mode  # noqa: PTH116 (a name with a null byte must raise here, not in pathlib)
