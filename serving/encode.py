@@ -76,9 +76,10 @@ def encode_sentences(model: HBI, tokenizer: Any, texts: Sequence[str]) -> list[S
     sentences = []
     for i in range(len(texts)):
         length = int(mask[i].sum())
-        words, of_token = words_of(tokenizer, ids[i, :length].tolist())
+        read = ids[i, :length].tolist()
+        words, of_token = words_of(tokenizer, read)
         own = Tokens(*(part[i : i + 1, :length] for part in tokens))
-        sentences.append(Sentence(own, ids[i, :length].tolist(), words, of_token, len(whole[i]) > length))
+        sentences.append(Sentence(own, read, words, of_token, len(whole[i]) > length))
     return sentences
 
 

@@ -127,7 +127,7 @@ class Model:
         self._require("caption")
         marks, settings = caption_marks(self.tokenizer), DecodeSettings(beam=beam, no_repeat=no_repeat)
         captions: list[str] = []
-        for frames, mask, _ in self._encoded(videos):
+        for frames, mask in self._encoded(videos):
             captions += detokenize(self.tokenizer, self.model.write_captions(frames, mask, marks, settings))
         return captions
 
@@ -157,7 +157,7 @@ class Model:
             for answer in answers or ():
                 self._require_short(answer, "answers")
             candidates = self._tokens(wanted, "answers")
-        [(frames, frame_mask, _)] = list(self._encoded([video]))
+        [(frames, frame_mask)] = list(self._encoded([video]))
         logits = self.model.answer_logits(ids, mask, frames, frame_mask, candidates)[0]
         if candidates is None:
             logits = logits[[known.index(answer) for answer in wanted]]
@@ -167,8 +167,8 @@ class Model:
     def explain(self, video: Video, text: str) -> Explanation:
         """Which word of a sentence met which frame of a video, and what each is good for."""
         ids, _ = self._tokens([text], "text")
-        [(_, _, clips)] = list(self._encoded([video]))
-        images, times = clips[0]
+        with self._decoder() as decoder:
+            images, times = self._frames(decoder, video)
         written, of_token = words_of(self.tokenizer, ids[0].tolist())
         alone = self.model.encode_frames(torch.from_numpy(images)[None].to(self.device))[0]
         found = self.importance(ids[0], of_token, alone)
@@ -218,7 +218,7 @@ class Model:
     @torch.inference_mode()
     def video_tokens(self, videos: Sequence[Video]) -> Tokens:
         """The entity-level frame tokens of videos, padded to the model's frames, on the model's device."""
-        parts = [self.model.video_levels(frames, mask)[LEVEL] for frames, mask, _ in self._encoded(videos)]
+        parts = [self.model.video_levels(frames, mask)[LEVEL] for frames, mask in self._encoded(videos)]
         return Tokens(*map(torch.cat, zip(*parts, strict=True)))
 
     def _tokens(
@@ -247,24 +247,28 @@ class Model:
 
     # ---------------------------------------------------------------------------------------------- decoding
 
+    def _decoder(self) -> Decoder:
+        """For frames as the model takes them, in a process of its own: a video can hang a decoder, or kill it."""
+        config = self.model.config
+        return Decoder(FrameSettings(num_frames=config.frames, size=config.towers.image_size))
+
     def _encoded(
         self, videos: Sequence[Video]
-    ) -> Iterator[tuple[Float[Tensor, "videos frames dim"], Bool[Tensor, "videos frames"], list[Any]]]:
-        """Frames of `HBI.encode_video` for a batch of videos after the other, with their pictures and times."""
+    ) -> Iterator[tuple[Float[Tensor, "videos frames dim"], Bool[Tensor, "videos frames"]]]:
+        """Frames of `HBI.encode_video` for a batch of videos after the other."""
         _require_many(videos, "videos")
-        config = self.model.config
-        settings = FrameSettings(num_frames=config.frames, size=config.towers.image_size)
-        with Decoder(settings) as decoder:  # a video can hang a decoder, or kill it
+        with self._decoder() as decoder:
             for first in range(0, len(videos), BATCH):
                 clips = [self._frames(decoder, video) for video in videos[first : first + BATCH]]
-                shape = (len(clips), config.frames, settings.size, settings.size, 3)
+                size = decoder.settings.size
+                shape = (len(clips), self.model.config.frames, size, size, 3)
                 images, mask = np.zeros(shape, np.uint8), torch.zeros(shape[:2], dtype=torch.bool)
                 for row, (frames, _) in enumerate(clips):
                     images[row, : len(frames)] = frames
                     mask[row, : len(frames)] = True
                 mask = mask.to(self.device)
                 with torch.inference_mode():
-                    yield self.model.encode_video(torch.from_numpy(images).to(self.device), mask), mask, clips
+                    yield self.model.encode_video(torch.from_numpy(images).to(self.device), mask), mask
 
     def _frames(
         self, decoder: Decoder, video: Video
