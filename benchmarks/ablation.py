@@ -43,6 +43,7 @@ from hbi.training.evaluate.explanations import explanation_metrics
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.parallel import clip_gradients
 from hbi.training.runs.table import RUNS
+from hbi.training.settings import flatten
 
 Levels = dict[str, Tokens]
 SHOWN = {
@@ -152,7 +153,12 @@ class Ablation:
             with Tracker(uri, f"ablation-{self.kind}", f"{name}, seed {entry['seed']}", outbox) as tracker:
                 row = ROWS[entry["row"]]
                 tracker.params(
-                    {"row": name, "seed": entry["seed"], **entry["settings"], **flat(asdict(row.loss))}
+                    {
+                        "row": name,
+                        "seed": entry["seed"],
+                        **entry["settings"],
+                        **flatten({"loss": asdict(row.loss)}),
+                    }
                 )
                 tracker.metrics({f"test/{key}": value for key, value in metrics.items()}, self.steps)
 
@@ -321,11 +327,6 @@ def word_changed(script: Script, generator: np.random.Generator) -> Script:
     others = [word for word in ([*COLOURS], [*SHAPES], [*ACTIONS])[place] if word != words[place]]
     words[place] = str(generator.choice(others))
     return (*script[:which], Clause(Entity(words[0], words[1]), words[2]), *script[which + 1 :])
-
-
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the loss by their path."""
-    return {f"loss.{name}": value for name, value in values.items()}
 
 
 def summary(held: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, float]]]:
