@@ -33,5 +33,5 @@ demo: $(READY)
 	@$(BIN)/hbi demo $(ARGS)
 
 bench: $(READY)
-	@for bench in checkpointing decoders evaluation interaction loading memory scale search sharding similarity step tracking; do \
+	@for bench in checkpointing decoders evaluation exchange films interaction loading memory scale search sharding similarity step tracking; do \
 		echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench || exit 1; done
