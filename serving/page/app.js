@@ -3,7 +3,7 @@
 import {close, open} from "./detail.js";
 import {$, download, element, say} from "./dom.js";
 import {card, csv, moveByArrows} from "./results.js";
-import {call, onKeyAsked, openSession, pathOf} from "./server.js";
+import {call, keyAsked, onKeyAsked, openSession, pathOf} from "./server.js";
 
 const PAGE = 12;
 const EXAMPLES = ["a person is talking", "a dog runs on grass", "something falls down"];
@@ -213,6 +213,6 @@ fields();
 try {
   await health();
   $("#split").value = asked().split;
-  if (about.key && !sessionStorage.getItem("hbi-key")) await askKey();
+  if (about.key && !sessionStorage.getItem("hbi-key")) await keyAsked();
 } catch (error) { say($("#status"), error.message, true); }
 await Promise.all([examples(), running ? null : show()]);  // someone may have asked already

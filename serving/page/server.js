@@ -7,10 +7,13 @@ export class ServerError extends Error {
 const keyOf = () => sessionStorage.getItem("hbi-key");
 let askForKey = async () => null;
 export const onKeyAsked = (ask) => { askForKey = ask; };
+// Whoever is refused while a person is being asked waits for the same answer.
+let asking = null;
+export const keyAsked = () => asking ??= askForKey().finally(() => { asking = null; });
 
 export async function call(method, path, body, signal) {
-  const headers = {};
-  if (keyOf()) headers.Authorization = `Bearer ${keyOf()}`;
+  const headers = {}, key = keyOf();
+  if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined && !(body instanceof FormData)) { headers["Content-Type"] = "application/json"; body = JSON.stringify(body); }
   let answer;
   try { answer = await fetch(path, {method, headers, body, signal}); }
@@ -19,7 +22,7 @@ export async function call(method, path, body, signal) {
     throw new ServerError(0, "The server does not answer. Is it still running?");
   }
   const content = await answer.json().catch(() => ({}));
-  if (answer.status === 401 && await askForKey()) return call(method, path, body instanceof FormData ? body : body && JSON.parse(body), signal);
+  if (answer.status === 401 && (keyOf() !== key || await keyAsked())) return call(method, path, body instanceof FormData ? body : body && JSON.parse(body), signal);
   if (!answer.ok) throw new ServerError(answer.status, typeof content.detail === "string" ? content.detail : `The server answered ${answer.status}.`);
   return content;
 }

@@ -56,7 +56,7 @@ def index(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(shutil.copytree(chain / "index", tmp_path_factory.mktemp("served") / "index"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def served(chain: Path, index: str) -> Iterator[Served]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
