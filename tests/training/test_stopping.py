@@ -54,7 +54,7 @@ def rank(number: int, shards: str, out: str, world_size: int, loaders: int = 0) 
             run(config, shards, out, Process.current(), hooks)
     except TrainingStopped as stopped:
         print(stopped, flush=True)
-        os._exit(128 + stop())
+        sys.exit(128 + stop())  # with the tidying up of Python, which forgets the semaphores of the loader
     if world_size > 1:
         dist.destroy_process_group()
 
