@@ -240,7 +240,7 @@ class ClipTable:
 
 def _connect(folder: str) -> Any:
     """The database in a folder; the AWS_* variables say where s3:// is."""
-    os.environ.setdefault("LANCE_LOG", "error")  # it warns of every table that is made
+    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every table that is made
     import lancedb
 
     options = {}
