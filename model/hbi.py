@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import log
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hbi.model.backbones.pretrained import fresh_backbone, towers_of
 from hbi.model.config import DecodeSettings, LossSettings, ModelConfig
 from hbi.model.frames import normalise
+from hbi.model.heads import HeadInputs
 from hbi.model.heads.beam import Marks, write
 from hbi.model.heads.caption import CachedDecoder, CaptionDecoder
 from hbi.model.heads.qa import OpenAnswerHead, PublishedAnswerHead, combined
@@ -49,17 +50,6 @@ class Encoded(NamedTuple):
     no gradient; else empty: the tokens play as they are."""
     logit_bias: Float[Tensor, ""] | None = None
     """What is added to them before a sigmoid, with SigLIP's towers."""
-
-
-class HeadInputs(NamedTuple):
-    """What a head needs beside texts and videos, in training."""
-
-    task: Literal["qa", "caption"]
-    """Which head."""
-    video_of_text: Int[Tensor, "texts"]
-    """The row of the video that each text belongs to: several texts may share one, which is encoded once."""
-    candidates: tuple[Int[Tensor, "answers words"], Bool[Tensor, "answers words"]] | None = None
-    """Ids and mask of the answers that are scored, for head `open`."""
 
 
 def token_weights(dim: int) -> nn.Sequential:
@@ -285,14 +275,13 @@ class HBI(nn.Module):
 
     def answer_levels(
         self,
-        input_ids: Int[Tensor, "questions words"],
-        text_mask: Shaped[Tensor, "questions words"],
+        text: dict[str, Tokens],
+        sentence: Float[Tensor, "questions dim"],
         video: dict[str, Tokens],
         candidates: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "questions answers"]]:
-        """Logits of the answers at each level; video: `video_levels` of each question's own video."""
-        words, sentence = self.encode_text(input_ids, text_mask)
-        text = self.text_levels(words, text_mask)
+        """Logits of the answers at each level, from `text_levels` and the sentence token of each question, and
+        `video_levels` of its own video."""
         if isinstance(self.answerer, PublishedAnswerHead):
             if candidates is not None:
                 raise ValueError(
@@ -321,8 +310,9 @@ class HBI(nn.Module):
 
         frames: of `encode_video`. ValueError where the model has no head for questions, or not one for candidates.
         """
-        levels = self.video_levels(frames, video_mask)
-        return combined(self.answer_levels(input_ids, text_mask, levels, candidates))
+        words, sentence = self.encode_text(input_ids, text_mask)
+        text, video = self.text_levels(words, text_mask), self.video_levels(frames, video_mask)
+        return combined(self.answer_levels(text, sentence, video, candidates))
 
     def caption_logits(
         self, input_ids: Int[Tensor, "captions words"], video: dict[str, Tokens]
@@ -361,26 +351,31 @@ class HBI(nn.Module):
         video_mask: Shaped[Tensor, "videos frames"],
         head: HeadInputs | None = None,
         loss: LossSettings | None = None,
-    ) -> Encoded | dict[str, Tensor]:
+    ) -> Encoded | dict[str, Tensor] | tuple[dict[str, Tensor], Encoded]:
         """A training step's batch to what its loss needs; a batch of nothing is one too.
 
         head None: matched pairs, for `hbi_loss`; what a `loss` that is given has no use for is left out. Else logits:
-        of the answers at each level, or "caption".
+        of the answers at each level, or "caption"; with `head.pairs` the questions' pairs beside them.
         """
         frames = self.encode_video(video, video_mask)
+        learned, align = (LEVELS, True) if loss is None else (loss.learned, loss.interaction > 0)
         if head is None:
             words, _ = self.encode_text(input_ids, text_mask)
-            levels = LEVELS if loss is None else loss.learned
-            text = self.text_levels(words, text_mask, levels)
-            clips = self.video_levels(frames, video_mask, levels)
-            return self._encode_pairs(text, clips, align=loss is None or loss.interaction > 0)
-        clips = self.video_levels(frames, video_mask)
+            text = self.text_levels(words, text_mask, learned)
+            return self._encode_pairs(text, self.video_levels(frames, video_mask, learned), align)
         own = {
-            level: Tokens(*(part[head.video_of_text] for part in tokens)) for level, tokens in clips.items()
+            level: Tokens(*(part[head.video_of_text] for part in tokens))
+            for level, tokens in self.video_levels(frames, video_mask).items()
         }
-        if head.task == "qa":
-            return self.answer_levels(input_ids, text_mask, own, head.candidates)
-        return {"caption": self.caption_logits(input_ids, own)}
+        if head.task == "caption":
+            return {"caption": self.caption_logits(input_ids, own)}
+        words, sentence = self.encode_text(input_ids, text_mask)
+        text = self.text_levels(words, text_mask)
+        logits = self.answer_levels(text, sentence, own, head.candidates)
+        if not head.pairs:
+            return logits
+        asked, shown = ({level: side[level] for level in learned} for side in (text, own))
+        return logits, self._encode_pairs(asked, shown, align)
 
     def _encode_pairs(self, text: dict[str, Tokens], video: dict[str, Tokens], align: bool) -> Encoded:
         """What the losses need of pairs, at the levels that the text and the video are given at."""

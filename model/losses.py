@@ -89,7 +89,12 @@ def interaction_targets(
 
 
 def hbi_loss(
-    local: Encoded, pool: Encoded, first: int, settings: LossSettings, batch: int
+    local: Encoded,
+    pool: Encoded,
+    first: int,
+    settings: LossSettings,
+    batch: int,
+    other_pairs: Bool[Tensor, "rows candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The share of these rows in the loss of the whole batch; the shares of all the ranks add up to the loss.
 
@@ -104,16 +109,19 @@ def hbi_loss(
 
     local: the rows of this rank; pool: the whole batch, with gradients, of which `local` is rows first, first + 1, ...
     (one process: the same, and first 0); batch: pairs in the whole batch. The logit scale is the local one.
+    other_pairs: where the texts are questions, those of a row's own video, from which it is not told apart.
 
     Returns "loss" and its parts without their weights: "contrastive/<level>", "alignment/<level>",
     "distillation/<level>".
     """
     with torch.autocast(local.logit_scale.device.type, enabled=False):
         if settings.objective == "published":
-            losses = published_loss(pool._replace(logit_scale=local.logit_scale), settings)
+            pool = pool._replace(logit_scale=local.logit_scale)
+            losses = published_loss(pool, settings, questions=other_pairs is not None)
             share = len(local.text["entity"].mask) / batch
             return {name: value * share for name, value in losses.items()}
-        return loss_of_similarities(local, cross_similarities(local, pool, settings), first, settings, batch)
+        similarities = cross_similarities(local, pool, settings)
+        return loss_of_similarities(local, similarities, first, settings, batch, other_pairs)
 
 
 def cross_similarities(local: Encoded, pool: Encoded, settings: LossSettings) -> Similarities:
@@ -129,7 +137,12 @@ def cross_similarities(local: Encoded, pool: Encoded, settings: LossSettings) ->
 
 
 def loss_of_similarities(
-    local: Encoded, similarities: Similarities, first: int, settings: LossSettings, batch: int
+    local: Encoded,
+    similarities: Similarities,
+    first: int,
+    settings: LossSettings,
+    batch: int,
+    other_pairs: Bool[Tensor, "rows candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """`hbi_loss` with the exact objective, from the similarities of the local rows with the whole batch."""
     targets = interaction_targets(local, settings) if settings.interaction else {}
@@ -141,6 +154,11 @@ def loss_of_similarities(
         with_videos, with_texts = similarities[level]
         of_texts = local.logit_scale * with_videos
         of_videos = of_texts.T if with_texts is None else local.logit_scale * with_texts
+        if other_pairs is not None:
+            lowest = torch.finfo(of_texts.dtype).min
+            of_texts, of_videos = (
+                logits.masked_fill(other_pairs, lowest) for logits in (of_texts, of_videos)
+            )
         if settings.contrast == "softmax":
             contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
         else:
@@ -161,13 +179,16 @@ def loss_of_similarities(
     return {"loss": total, **losses}
 
 
-def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[Tensor, ""]]:
+def published_loss(
+    encoded: Encoded, settings: LossSettings, questions: bool = False
+) -> dict[str, Float[Tensor, ""]]:
     """The loss of the published code on the whole batch, its faults included, for those who must reproduce a number.
 
     The faults: a KL divergence is averaged over every element instead of summed over each distribution; that over the
     words is taken over the batch (`.T` of a three-dimensional tensor turns all its axes); padding enters the maxima as
     0 and is part of every softmax of interactions; the self-distillation compares cosines without the logit scale, and
-    its gradient goes into the teacher too. It needs the frozen estimator: ValueError without one.
+    its gradient goes into the teacher too. With questions for texts the entity level's interactions keep what they have
+    at padding, which is 0 with captions. It needs the frozen estimator: ValueError without one.
     """
     estimated = _estimated(encoded, "LossSettings.objective is 'published'")
 
@@ -185,7 +206,7 @@ def published_loss(encoded: Encoded, settings: LossSettings) -> dict[str, Float[
         logits = encoded.logit_scale * similarity
         contrast = (contrastive_loss(logits) + contrastive_loss(logits.T)) / 2 / pairs
         student, teacher = encoded.predicted[level], estimated[level]
-        if level == "entity":
+        if level == "entity" and not questions:
             present = text.mask[:, :, None] & video.mask[:, None, :]
             student, teacher = student * present, teacher * present
         turned = (2, 1, 0)

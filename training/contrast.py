@@ -14,19 +14,19 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
 from hbi.model.losses import hbi_loss, loss_of_similarities
-from hbi.training.exchange import assemble, gather, parts_of, ring_similarities, wire_type
+from hbi.training.exchange import assemble, gather, gather_rows, parts_of, ring_similarities, wire_type
 from hbi.training.settings import GATHERED, ExchangeSettings
 
 MicroBatch = TypeVar("MicroBatch")
 
 
-def join(parts: list[Encoded]) -> Encoded:
+def join(parts: Sequence[Encoded]) -> Encoded:
     """Micro-batches as one batch."""
     return assemble(parts[0], [torch.cat(same) for same in zip(*map(parts_of, parts), strict=True)])
 
@@ -36,23 +36,40 @@ def contrast(
     settings: LossSettings,
     group: dist.ProcessGroup | None = None,
     exchange: ExchangeSettings = GATHERED,
+    videos: Int[Tensor, "batch"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """This rank's part of each loss, scaled so that the mean over ranks is the loss of the global batch.
 
-    A global batch without a single clip has loss 0.
+    A global batch without a single clip has loss 0. videos: which of the rank's videos each pair has, where several
+    have one: these are not told from each other.
     """
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+    others = None if videos is None else other_pairs_of_video(videos, group)
     if world_size > 1 and exchange.form == "ring":
         with torch.autocast(local.logit_scale.device.type, enabled=False):
             similarities, first, clips = ring_similarities(local, settings, group, wire_type(exchange))
-            losses = loss_of_similarities(local, similarities, first, settings, clips) if clips else {}
+            losses = (
+                loss_of_similarities(local, similarities, first, settings, clips, others) if clips else {}
+            )
     else:
         pool, first = gather(local, group, wire_type(exchange)) if world_size > 1 else (local, 0)
         clips = len(parts_of(pool)[0])
-        losses = hbi_loss(local, pool, first, settings, clips) if clips else {}
+        losses = hbi_loss(local, pool, first, settings, clips, others) if clips else {}
     if not losses:
         return {"loss": local.logit_scale * 0}
     return {name: part * world_size for name, part in losses.items()}
+
+
+def other_pairs_of_video(
+    videos: Int[Tensor, "batch"], group: dist.ProcessGroup | None = None
+) -> Bool[Tensor, "batch global"]:
+    """Which pairs of the global batch have the video of each of ours, but are another pair; numbers are the rank's."""
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    ours = torch.stack([videos, torch.full_like(videos, rank)], 1).float()
+    everyone, first = gather_rows(ours, group) if dist.is_initialized() else (ours, 0)
+    same = (ours[:, None] == everyone).all(2)
+    same.diagonal(first).fill_(False)
+    return same
 
 
 def detach_tokens(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
@@ -101,19 +118,39 @@ def backward(
     """
     with torch.set_grad_enabled(len(micro_batches) == 1):
         encoded = [encode(micro_batch) for micro_batch in micro_batches]
+    losses, gradients = token_gradients(encoded, lambda tokens: contrast(tokens, settings, group, exchange))
+    for number, (micro_batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True), 1):
+        with averaging(number == len(micro_batches)):  # ranks average once
+            backward_into(encoded[0] if len(micro_batches) == 1 else encode(micro_batch), gradient)
+    return losses
+
+
+def token_gradients(
+    encoded: Sequence[Encoded], loss_of: Callable[[Encoded], dict[str, Tensor]]
+) -> tuple[dict[str, Float[Tensor, ""]], list[list[Tensor]]]:
+    """The losses of micro-batches as one, and the gradient of "loss" at `tensors_of` each of them.
+
+    The scalars count once: their gradient is in the last.
+    """
     detached, leaves = detach_tokens(join(encoded))
-    losses = contrast(detached, settings, group, exchange)
+    losses = loss_of(detached)
     losses["loss"].backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    of_clips, of_scalars = gradients[: -len(_scalars(detached))], gradients[-len(_scalars(detached)) :]
-    shares = zip(*(gradient.tensor_split(len(micro_batches)) for gradient in of_clips), strict=True)
-    for number, (micro_batch, share) in enumerate(zip(micro_batches, shares, strict=True), 1):
-        last = number == len(micro_batches)  # ranks average once, and the scalars count once
-        with averaging(last):
-            tensors = tensors_of(encoded[0] if len(micro_batches) == 1 else encode(micro_batch))
-            into = zip(tensors, [*share, *(each * last for each in of_scalars)], strict=True)
-            wanted = [
-                (tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad
-            ]
-            torch.autograd.backward([t for t, _ in wanted], [g for _, g in wanted])
-    return {name: loss.detach() for name, loss in losses.items()}
+    count = len(_scalars(detached))
+    of_clips, of_scalars = gradients[:-count], gradients[-count:]
+    sizes = [len(parts_of(part)[0]) for part in encoded]
+    shares = zip(*(gradient.split(sizes) for gradient in of_clips), strict=True)
+    found = [
+        [*share, *(each * (number == len(sizes)) for each in of_scalars)]
+        for number, share in enumerate(shares, 1)
+    ]
+    return {name: loss.detach() for name, loss in losses.items()}, found
+
+
+def backward_into(encoded: Encoded, gradients: Sequence[Tensor], *losses: Tensor) -> None:
+    """Goes on into the encoders with what `token_gradients` found at their tokens, and with losses of their own."""
+    into = zip(tensors_of(encoded), gradients, strict=True)
+    wanted = [(tensor, gradient.to(tensor.dtype)) for tensor, gradient in into if tensor.requires_grad]
+    torch.autograd.backward(
+        [*(t for t, _ in wanted), *losses], [*(g for _, g in wanted), *(None for _ in losses)]
+    )

@@ -205,6 +205,12 @@ class HeadSettings:
     """What the loss of a step on questions is multiplied by."""
     caption_weight: float = 1.0
     """What the loss of a step on captions is multiplied by."""
+    qa_pairs: float = 0.0
+    """What the contrast and the alignment of questions with their videos, as `loss` has them, count beside a level's
+    cross entropy; published 0.5. 0: questions are answered, and not told from those of other videos."""
+    qa_distillation: float = 0.0
+    """What the divergence of the action and event levels' answers from those of the entity level counts beside a
+    level's cross entropy, in the mean over questions and answers; published 2."""
     smoothing: float = 0.1
     """Share of a caption's target that goes to all other words evenly."""
     decode: DecodeSettings = field(default_factory=DecodeSettings)
@@ -269,6 +275,20 @@ class TrainConfig:
             ),
             ("checkpoint.keep", self.checkpoint.keep, self.checkpoint.keep >= 1, "1 or more"),
             ("heads.texts-per-clip", self.heads.texts_per_clip, self.heads.texts_per_clip >= 1, "1 or more"),
+            ("heads.qa-pairs", self.heads.qa_pairs, self.heads.qa_pairs >= 0, "0 or more"),
+            (
+                "heads.qa-distillation",
+                self.heads.qa_distillation,
+                self.heads.qa_distillation >= 0,
+                "0 or more",
+            ),
+            (
+                "heads.texts-per-clip",
+                self.heads.texts_per_clip,
+                self.loss.objective == "exact" or not self.heads.qa_pairs or self.heads.texts_per_clip == 1,
+                "1 where --set.loss.objective is published and --set.heads.qa-pairs above 0: that objective takes "
+                "two questions of a clip for two clips",
+            ),
             (
                 "heads.smoothing",
                 self.heads.smoothing,

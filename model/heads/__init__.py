@@ -12,3 +12,21 @@ What a front needs of them, all on `HBI`, tensors in and tensors or plain lists 
 
 Both raise ValueError, in one line, where the model has no such head.
 """
+
+from typing import Literal, NamedTuple
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class HeadInputs(NamedTuple):
+    """What a head needs beside texts and videos, in training."""
+
+    task: Literal["qa", "caption"]
+    """Which head."""
+    video_of_text: Int[Tensor, "texts"]
+    """The row of the video that each text belongs to: several texts may share one, which is encoded once."""
+    candidates: tuple[Int[Tensor, "answers words"], Bool[Tensor, "answers words"]] | None = None
+    """Ids and mask of the answers that are scored, for head `open`."""
+    pairs: bool = False
+    """Whether questions and their videos are wanted as the matched pairs of `hbi_loss`, too."""

@@ -5,7 +5,7 @@ from math import log
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, kl_div, normalize
 
 from hbi.model.levels import LEVELS
 from hbi.model.tokens import Tokens
@@ -125,3 +125,20 @@ def answer_loss(
     """Sum over the questions of the levels' mean cross entropy."""
     each = [cross_entropy(logits[level], labels, reduction="sum") for level in LEVELS]
     return torch.stack(each).mean()
+
+
+def answer_distillation(
+    logits: dict[str, Float[Tensor, "questions answers"]], into_teacher: bool = False
+) -> Float[Tensor, ""]:
+    """Sum over the questions of the mean over answers of KL(entity || action) + KL(entity || event).
+
+    into_teacher: the gradient goes into the entity level too, as in the published code.
+    """
+    teacher = logits["entity"] if into_teacher else logits["entity"].detach()
+    expected = teacher.log_softmax(-1)
+    each = [
+        kl_div(logits[level].log_softmax(-1), expected, reduction="sum", log_target=True)
+        for level in LEVELS
+        if level != "entity"
+    ]
+    return torch.stack(each).sum() / teacher.shape[-1]

@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hbi.infra.mlflow.tracker import Tracker
-from hbi.model.config import AnswerConfig, CaptionConfig, ReconstructionConfig
+from hbi.model.config import AnswerConfig
 from hbi.model.weights import build_model, load_model, save_model
 from hbi.pipelines.sample import ShardIndex
-from hbi.training.answers import TRAINED, refuse_seen_tests, training_answers, with_vocabulary
-from hbi.training.data.batch import Batch
+from hbi.training.answers import TRAINED, refuse_seen_tests, training_answers
 from hbi.training.data.loader import Loader
 from hbi.training.data.order import LoaderState
 from hbi.training.evaluate.answers import evaluate_answers
@@ -30,12 +27,10 @@ from hbi.training.init import ModelSource, init_model, with_init
 from hbi.training.loop import Hooks, TrainingAborted
 from hbi.training.parallel import Process
 from hbi.training.settings import HeadSettings, TrainConfig
-from hbi.training.tasks import HeadTasks
 from hbi.training.tokenizers import tokenizer_of, with_tokenizer
 from hbi.training.worker import evaluation, run
+from tests.support.task_runs import TASKS, both_heads, resolved
 from tests.support.training_shards import make_shards, tiny_model, tiny_run
-
-TASKS = ("retrieval", "qa", "caption")
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +38,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks") / "shards"
     make_shards(folder, train=[9, 7, 8], val=[4], questions=True)
     return folder
-
-
-def both_heads(**changes: Any) -> TrainConfig:
-    """A tiny run of all three tasks, without dropout, so that ranks and micro-batches draw nothing."""
-    model = tiny_model(
-        reconstruction=ReconstructionConfig("attention"),
-        answers=AnswerConfig("open", 10, dropout=0.0),
-        captions=CaptionConfig(layers=1, words=12, dropout=0.0),
-    )
-    return replace(
-        tiny_run(), **{"model": model, "task": TASKS, "heads": HeadSettings(texts_per_clip=2), **changes}
-    )
-
-
-def resolved(config: TrainConfig, shards: Path, out: Path, log: Callable[[str], None] = print) -> TrainConfig:
-    index = ShardIndex.read(str(shards))
-    return with_vocabulary(with_tokenizer(config, index, str(out)), index, str(out), log)
 
 
 def train(config: TrainConfig, shards: Path, out: Path, **hooks: Any) -> dict[str, float]:
@@ -161,93 +139,6 @@ def test_a_task_has_its_own_metric() -> None:
     assert [both_heads(task=(task,)).metric for task in TASKS] == ["t2v/R@1", "qa/accuracy", "caption/CIDEr"]
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
-
-
-def gradients(
-    config: TrainConfig, batch: Batch, out: Path, process: Process
-) -> tuple[dict, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    model = build_model(config.model).train()
-    wrapped: Any = model
-    if process.world_size > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    tasks = HeadTasks(config, tokenizer_of(config, str(out)), process)
-    from hbi.training.parallel import averaging
-
-    losses = tasks.backward(lambda inputs: wrapped(*inputs), batch, lambda on: averaging(wrapped, on))
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def part(batch: Batch, clips: range) -> Batch:
-    texts = [i for i, owner in enumerate(batch.video_of_text) if owner in clips]
-    return replace(
-        batch,
-        video=batch.video[clips.start : clips.stop],
-        video_mask=batch.video_mask[clips.start : clips.stop],
-        captions=[batch.captions[i] for i in texts],
-        answers=[batch.answers[i] for i in texts] if batch.answers else [],
-        video_of_text=[batch.video_of_text[i] - clips.start for i in texts],
-    )
-
-
-def first_batch(config: TrainConfig, shards: Path) -> Batch:
-    loader = Loader(ShardIndex.read(str(shards)), config, Process.current())
-    batch = next(iter(loader.batches(LoaderState())))
-    loader.close()
-    return batch
-
-
-@pytest.mark.parametrize("task", ["qa", "caption"])
-@pytest.mark.parametrize("pieces", [3, 9])
-def test_micro_batches_change_nothing(task: str, pieces: int, shards: Path, tmp_path: Path) -> None:
-    config = resolved(both_heads(task=(task,)), shards, tmp_path)
-    batch = first_batch(config, shards)
-    losses, whole = gradients(config, batch, tmp_path, Process.current())
-    cut = replace(config, data=replace(config.data, accumulate=pieces))
-    others, in_parts = gradients(cut, batch, tmp_path, Process.current())
-    assert losses.keys() == {"loss", f"{task}/cross_entropy"} == others.keys()
-    assert torch.allclose(losses["loss"], others["loss"], rtol=1e-5)
-    assert whole.keys() == in_parts.keys()
-    assert all(torch.allclose(whole[name], in_parts[name], atol=1e-5) for name in whole)
-
-
-def test_weights_of_the_tasks_scale_the_gradient(shards: Path, tmp_path: Path) -> None:
-    for task in ("qa", "caption"):
-        config = resolved(both_heads(task=(task,)), shards, tmp_path)
-        batch = first_batch(config, shards)
-        heavier = replace(config, heads=replace(config.heads, qa_weight=3.0, caption_weight=3.0))
-        one, three = (gradients(c, batch, tmp_path, Process.current()) for c in (config, heavier))
-        assert torch.allclose(3 * one[0]["loss"], three[0]["loss"])
-        assert torch.equal(one[0][f"{task}/cross_entropy"], three[0][f"{task}/cross_entropy"])
-        assert all(torch.allclose(3 * one[1][name], three[1][name], atol=1e-5) for name in one[1])
-
-
-def _rank(rank: int, config: TrainConfig, batch: Batch, folder: Path, cuts: list[int]) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    process = Process.current()
-    mine = part(batch, range(0, cuts[0]) if rank == 0 else range(cuts[0], cuts[1]))
-    losses, found = gradients(config, mine, folder, process)
-    mean = process.all_reduce(losses["loss"].clone()) / 2
-    if rank == 0:
-        torch.save({"loss": mean, "gradients": found}, folder / "found.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(("task", "cut"), [("qa", 3), ("caption", 5), ("caption", 0)])
-def test_two_ranks_are_one_process(task: str, cut: int, shards: Path, tmp_path: Path) -> None:
-    """With unequal parts, and with a rank that has nothing."""
-    config = resolved(both_heads(task=(task,)), shards, tmp_path)
-    batch = first_batch(config, shards)
-    losses, alone = gradients(config, batch, tmp_path, Process.current())
-    mp.spawn(_rank, (config, batch, tmp_path, [cut, len(batch.video)]), 2)  # type: ignore[attr-defined]
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert torch.allclose(found["loss"], losses["loss"], rtol=1e-5)
-    assert found["gradients"].keys() == alone.keys()
-    for name, gradient in alone.items():
-        assert torch.allclose(found["gradients"][name], gradient, atol=1e-5), name
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -286,12 +177,13 @@ def test_all_tasks_are_learned_measured_and_chosen_by(shards: Path, tmp_path: Pa
 def test_a_broken_off_run_ends_with_the_weights_of_an_unbroken_one(
     step: int, shards: Path, tmp_path: Path
 ) -> None:
-    """With dropout, whose random numbers go on where they were."""
+    """With dropout, whose random numbers go on where they were, and the published loss of questions."""
     model = both_heads().model
     model = replace(
         model, answers=replace(model.answers, dropout=0.3), captions=replace(model.captions, dropout=0.3)
     )
-    config = both_heads(model=model)
+    heads = HeadSettings(texts_per_clip=2, qa_pairs=0.5, qa_distillation=2.0)
+    config = both_heads(model=model, heads=heads)
     train(config, shards, tmp_path / "unbroken")
 
     def track(metrics: dict, at: int) -> None:
