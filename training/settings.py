@@ -274,27 +274,37 @@ class TrainConfig:
                 "at most count",
             ),
             ("checkpoint.keep", self.checkpoint.keep, self.checkpoint.keep >= 1, "1 or more"),
-            ("heads.texts-per-clip", self.heads.texts_per_clip, self.heads.texts_per_clip >= 1, "1 or more"),
-            ("heads.qa-pairs", self.heads.qa_pairs, self.heads.qa_pairs >= 0, "0 or more"),
+            *self._rules_of_tasks(),
             (
-                "heads.qa-distillation",
-                self.heads.qa_distillation,
-                self.heads.qa_distillation >= 0,
-                "0 or more",
+                "compute.exchange.form",
+                self.compute.exchange.form,
+                self.compute.exchange.form == "gather" or self.loss.objective == "exact",
+                "gather where --set.loss.objective is published, which needs the whole batch on every rank",
             ),
+            ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
+        ]
+        if self.task:
+            rules.append(("checkpoint.metric", self.metric, *self._measured()))
+        for name, value, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"--set.{name} {value}: must be {rule}")
+
+    def _rules_of_tasks(self) -> list[tuple[str, Any, bool, str]]:
+        """(setting, value, whether it fits, the rule) of what is trained."""
+        heads, most = self.heads, self.heads.texts_per_clip
+        once = self.loss.objective == "published" and heads.qa_pairs > 0
+        return [
+            ("heads.texts-per-clip", most, most >= 1, "1 or more"),
             (
                 "heads.texts-per-clip",
-                self.heads.texts_per_clip,
-                self.loss.objective == "exact" or not self.heads.qa_pairs or self.heads.texts_per_clip == 1,
+                most,
+                most == 1 or not once,
                 "1 where --set.loss.objective is published and --set.heads.qa-pairs above 0: that objective takes "
                 "two questions of a clip for two clips",
             ),
-            (
-                "heads.smoothing",
-                self.heads.smoothing,
-                0 <= self.heads.smoothing < 1,
-                "at least 0 and below 1",
-            ),
+            ("heads.qa-pairs", heads.qa_pairs, heads.qa_pairs >= 0, "0 or more"),
+            ("heads.qa-distillation", heads.qa_distillation, heads.qa_distillation >= 0, "0 or more"),
+            ("heads.smoothing", heads.smoothing, 0 <= heads.smoothing < 1, "at least 0 and below 1"),
             (
                 "task",
                 self.task,
@@ -313,19 +323,7 @@ class TrainConfig:
                 "caption" not in self.task or self.model.captions.layers >= 1,
                 "1 or more where captions are trained (--set.task caption)",
             ),
-            (
-                "compute.exchange.form",
-                self.compute.exchange.form,
-                self.compute.exchange.form == "gather" or self.loss.objective == "exact",
-                "gather where --set.loss.objective is published, which needs the whole batch on every rank",
-            ),
-            ("tracking.every-steps", self.tracking.every_steps, self.tracking.every_steps >= 1, "1 or more"),
         ]
-        if self.task:
-            rules.append(("checkpoint.metric", self.metric, *self._measured()))
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"--set.{name} {value}: must be {rule}")
 
     @property
     def model_flags(self) -> str:
