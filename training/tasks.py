@@ -49,7 +49,7 @@ class HeadTasks:
 
     def backward(
         self,
-        call: Callable[[tuple[Any, ...]], dict[str, Tensor]],
+        call: Callable[[tuple[Any, ...]], Any],
         batch: Batch,
         averaging: Callable[[bool], AbstractContextManager[None]],
     ) -> dict[str, Tensor]:
@@ -64,7 +64,8 @@ class HeadTasks:
         parts = list(self._micro_batches(batch, ids, mask))
         weight = self.config.heads.qa_weight if batch.task == "qa" else self.config.heads.caption_weight
         losses = {"loss": torch.zeros((), device=self.process.device)}
-        encoded, gradients = [], []
+        encoded: list[Any] = []
+        gradients: list[list[Tensor]] = []
         if self._with_pairs(batch):
             with torch.set_grad_enabled(len(parts) == 1):
                 encoded = [call(inputs) for inputs, _ in parts]
