@@ -1,7 +1,7 @@
 """The training loss: contrast, alignment of interactions, self-distillation. Pure functions, no ranks."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div, softplus
 
@@ -9,6 +9,7 @@ from hbi.model.banzhaf import exact_interaction
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
 from hbi.model.similarity import fitting_chunk, pair_similarity, weighted_similarity
+from hbi.model.tokens import Tokens
 
 Similarities = dict[str, tuple[Tensor, Tensor | None]]
 """By level: [rows, candidates] of texts with videos, and the same of videos with texts (None: its transpose)."""
@@ -94,7 +95,7 @@ def hbi_loss(
     first: int,
     settings: LossSettings,
     batch: int,
-    other_pairs: Bool[Tensor, "rows candidates"] | None = None,
+    videos: Int[Tensor, "candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The share of these rows in the loss of the whole batch; the shares of all the ranks add up to the loss.
 
@@ -109,7 +110,8 @@ def hbi_loss(
 
     local: the rows of this rank; pool: the whole batch, with gradients, of which `local` is rows first, first + 1, ...
     (one process: the same, and first 0); batch: pairs in the whole batch. The logit scale is the local one.
-    other_pairs: where the texts are questions, those of a row's own video, from which it is not told apart.
+    videos: where the texts are questions, a number for the video of each pair of the whole batch, those of one video
+    next to each other: they are not told from each other, and the video is compared once.
 
     Returns "loss" and its parts without their weights: "contrastive/<level>", "alignment/<level>",
     "distillation/<level>".
@@ -117,23 +119,41 @@ def hbi_loss(
     with torch.autocast(local.logit_scale.device.type, enabled=False):
         if settings.objective == "published":
             pool = pool._replace(logit_scale=local.logit_scale)
-            losses = published_loss(pool, settings, questions=other_pairs is not None)
+            losses = published_loss(pool, settings, questions=videos is not None)
             share = len(local.text["entity"].mask) / batch
             return {name: value * share for name, value in losses.items()}
-        similarities = cross_similarities(local, pool, settings)
-        return loss_of_similarities(local, similarities, first, settings, batch, other_pairs)
+        similarities = cross_similarities(local, pool, settings, videos, first)
+        return loss_of_similarities(local, similarities, first, settings, batch, videos)
 
 
-def cross_similarities(local: Encoded, pool: Encoded, settings: LossSettings) -> Similarities:
-    """Every row of `local` with every row of `pool`, at the levels that are learned."""
+def cross_similarities(
+    local: Encoded,
+    pool: Encoded,
+    settings: LossSettings,
+    videos: Int[Tensor, "candidates"] | None = None,
+    first: int = 0,
+) -> Similarities:
+    """Every row of `local` with every row of `pool`, at the levels that are learned; videos, first: of `hbi_loss`."""
     found: Similarities = {}
+    ours = None if videos is None else videos[first : first + len(local.text["entity"].mask)]
     for level in settings.learned:
         text, video = local.text[level], local.video[level]
         chunk = settings.chunk or fitting_chunk(text.mask.shape[1], video.mask.shape[1])
-        of_texts = weighted_similarity(text, pool.video[level], chunk)
-        of_videos = None if local is pool else weighted_similarity(pool.text[level], video, chunk).T
+        of_texts = _each_once(text, pool.video[level], videos, chunk)
+        of_videos = None if local is pool else _each_once(pool.text[level], video, ours, chunk).T
         found[level] = of_texts, of_videos
     return found
+
+
+def _each_once(
+    text: Tokens, video: Tokens, numbers: Int[Tensor, "videos"] | None, chunk: int
+) -> Float[Tensor, "texts videos"]:
+    """`weighted_similarity`; neighbours of the same number are the same video, and are compared once."""
+    if numbers is None:
+        return weighted_similarity(text, video, chunk)
+    _, place, counts = numbers.unique_consecutive(return_inverse=True, return_counts=True)
+    begins = counts.cumsum(0) - counts
+    return weighted_similarity(text, Tokens(*(part[begins] for part in video)), chunk)[:, place]
 
 
 def loss_of_similarities(
@@ -142,7 +162,7 @@ def loss_of_similarities(
     first: int,
     settings: LossSettings,
     batch: int,
-    other_pairs: Bool[Tensor, "rows candidates"] | None = None,
+    videos: Int[Tensor, "candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """`hbi_loss` with the exact objective, from the similarities of the local rows with the whole batch."""
     targets = interaction_targets(local, settings) if settings.interaction else {}
@@ -154,11 +174,9 @@ def loss_of_similarities(
         with_videos, with_texts = similarities[level]
         of_texts = local.logit_scale * with_videos
         of_videos = of_texts.T if with_texts is None else local.logit_scale * with_texts
-        if other_pairs is not None:
-            lowest = torch.finfo(of_texts.dtype).min
-            of_texts, of_videos = (
-                logits.masked_fill(other_pairs, lowest) for logits in (of_texts, of_videos)
-            )
+        if videos is not None:
+            others, lowest = _other_pairs(videos, first, len(of_texts)), torch.finfo(of_texts.dtype).min
+            of_texts, of_videos = of_texts.masked_fill(others, lowest), of_videos.masked_fill(others, lowest)
         if settings.contrast == "softmax":
             contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
         else:
@@ -177,6 +195,13 @@ def loss_of_similarities(
             losses[f"distillation/{level}"] = distillation / batch
             total = total + settings.distillation * losses[f"distillation/{level}"]
     return {"loss": total, **losses}
+
+
+def _other_pairs(videos: Int[Tensor, "candidates"], first: int, rows: int) -> Bool[Tensor, "rows candidates"]:
+    """Which candidates have the video of each row, but are another pair."""
+    same = videos[first : first + rows, None] == videos
+    same.diagonal(first).fill_(False)
+    return same
 
 
 def published_loss(

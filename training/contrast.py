@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hbi.model.config import LossSettings
@@ -41,35 +41,34 @@ def contrast(
     """This rank's part of each loss, scaled so that the mean over ranks is the loss of the global batch.
 
     A global batch without a single clip has loss 0. videos: which of the rank's videos each pair has, where several
-    have one: these are not told from each other.
+    have one, next to each other: these are not told from each other.
     """
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    others = None if videos is None else other_pairs_of_video(videos, group)
+    numbers = None if videos is None else global_numbers(videos, group)
     if world_size > 1 and exchange.form == "ring":
         with torch.autocast(local.logit_scale.device.type, enabled=False):
             similarities, first, clips = ring_similarities(local, settings, group, wire_type(exchange))
             losses = (
-                loss_of_similarities(local, similarities, first, settings, clips, others) if clips else {}
+                loss_of_similarities(local, similarities, first, settings, clips, numbers) if clips else {}
             )
     else:
         pool, first = gather(local, group, wire_type(exchange)) if world_size > 1 else (local, 0)
         clips = len(parts_of(pool)[0])
-        losses = hbi_loss(local, pool, first, settings, clips, others) if clips else {}
+        losses = hbi_loss(local, pool, first, settings, clips, numbers) if clips else {}
     if not losses:
         return {"loss": local.logit_scale * 0}
     return {name: part * world_size for name, part in losses.items()}
 
 
-def other_pairs_of_video(
+def global_numbers(
     videos: Int[Tensor, "batch"], group: dist.ProcessGroup | None = None
-) -> Bool[Tensor, "batch global"]:
-    """Which pairs of the global batch have the video of each of ours, but are another pair; numbers are the rank's."""
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
-    ours = torch.stack([videos, torch.full_like(videos, rank)], 1).float()
-    everyone, first = gather_rows(ours, group) if dist.is_initialized() else (ours, 0)
-    same = (ours[:, None] == everyone).all(2)
-    same.diagonal(first).fill_(False)
-    return same
+) -> Int[Tensor, "global"]:
+    """A number for the video of each pair of the global batch, from the ranks' own numbers."""
+    if not dist.is_initialized():
+        return videos
+    ours = torch.stack([torch.full_like(videos, dist.get_rank(group)), videos], 1).float()
+    everyone, _ = gather_rows(ours, group)
+    return everyone.unique_consecutive(dim=0, return_inverse=True)[1] if len(everyone) else videos
 
 
 def detach_tokens(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
