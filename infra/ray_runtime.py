@@ -46,12 +46,27 @@ def ray_running() -> Iterator[None]:
     )
     # Its C++ side prints advice on the arguments of Ray Data's own actors as errors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _without_line("RAY_BACKEND_LOG_LEVEL"), _signals_kept():
+    if os.environ.get("RAY_ADDRESS"):
+        use_token()
+    with _without_lines("RAY_BACKEND_LOG_LEVEL", "gcs_client.cc"), _signals_kept():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def use_token() -> None:
+    """Ray's own rule for its command line: where a token lies here, it is sent. Nothing is said of it.
+
+    `ray start` asks for one wherever a Ray was ever started, and clients send none to an address that they are given.
+    A cluster that asks for none takes no notice of it.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    for name in (setup.__name__, "ray.dashboard", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> "Dataset":
@@ -181,10 +196,11 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _without_line(text: str) -> Iterator[None]:
-    """Inside, whatever is written to standard error waits for the end, and lines with `text` are dropped.
+def _without_lines(*texts: str) -> Iterator[None]:
+    """Inside, whatever is written to standard error waits for the end, and lines with one of `texts` are dropped.
 
-    By descriptor, for what C++ writes: that its log level was set, on the very terminal that was to be spared.
+    By descriptor, for what C++ writes: that its log level was set, on the very terminal that was to be spared, and
+    once a second that a cluster does not answer, which is an exception in the end.
     """
     sys.stderr.flush()
     real = os.dup(2)
@@ -198,5 +214,5 @@ def _without_line(text: str) -> Iterator[None]:
             os.close(real)
             held.seek(0)
             for line in held:
-                if text.encode() not in line:
+                if not any(text.encode() in line for text in texts):
                     os.write(2, line)

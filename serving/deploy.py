@@ -10,7 +10,6 @@ is started anew by Serve; what was committed is in the table. `Backend` is how t
 import asyncio
 import functools
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from hbi.serving.settings import ServeSettings
 
 TRIES = 4
 """How often a request is sent whose replica died."""
+DRAINED_SECONDS = 0.2
+"""How often a replica that is told to go looks for requests that it still has; Serve's 2 s are too long for Ctrl-C."""
 MAINTAINED_AFTER = 50
 """Writes after which the table is looked after."""
 RETRY = {"Retry-After": "1"}
@@ -216,6 +217,7 @@ def deployments(model: str, tracking: str, index: str, settings: ServeSettings) 
             max_queued_requests=settings.queued,
             ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
             health_check_period_s=2,
+            graceful_shutdown_wait_loop_s=DRAINED_SECONDS,
             health_check_timeout_s=30,
         )
         .bind(model, tracking, index, secretless)
@@ -227,6 +229,7 @@ def deployments(model: str, tracking: str, index: str, settings: ServeSettings) 
             max_queued_requests=settings.queued,
             ray_actor_options={"num_cpus": 0.1},
             health_check_period_s=2,
+            graceful_shutdown_wait_loop_s=DRAINED_SECONDS,
         )
         .bind(index)
     )
@@ -239,12 +242,19 @@ def _deployment(kind: type) -> Any:
 
 def together(replica: Any, writer: Any) -> Any:
     """One application of the two."""
-    return _deployment(Together).options(ray_actor_options={"num_cpus": 0}).bind(replica, writer)
+    return (
+        _deployment(Together)
+        .options(ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=DRAINED_SECONDS)
+        .bind(replica, writer)
+    )
 
 
 def logs() -> str:
-    """Where Ray keeps what the replicas say."""
-    return str(Path(tempfile.gettempdir(), "ray", "session_latest", "logs", "serve"))
+    """Where Ray keeps what the replicas say, on this machine."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return str(Path(node.get_logs_dir_path(), "serve"))
 
 
 def prometheus() -> str:

@@ -109,9 +109,9 @@ class Served:
         """Answers no more, at once, and takes the application down, on a cluster of others too."""
         self._server.should_exit = True
         self._server.force_exit = True
-        self._thread.join(5)
         with contextlib.suppress(Exception):  # the cluster may be gone already
             _take_down(self._name, self._mine)
+        self._thread.join(5)
 
     def __enter__(self) -> "Served":
         return self

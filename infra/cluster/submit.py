@@ -6,7 +6,6 @@ environment's credentials. What a job is called is a name with the number of the
 
 import asyncio
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbi.infra.project import ROOT
+from hbi.infra.ray_runtime import use_token
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -75,7 +75,7 @@ def connect(address: str | None = None) -> Cluster:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    _use_token()
+    use_token()
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ADDRESS
     if not given.startswith(("http://", "https://")):
         raise ValueError(f"--address {given}: give the job server's address, http://HOST:8265")
@@ -98,15 +98,6 @@ def connect(address: str | None = None) -> Cluster:
     # A socket is a file: that of the only node's raylet is here, or it is another machine.
     here = len(alive) == 1 and Path(alive[0]["rayletSocketName"]).is_socket()
     return Cluster(client, given, len(alive), here)
-
-
-def _use_token() -> None:
-    """Ray's own rule for its command line: where a token lies here, it is sent. Nothing is said of it."""
-    from ray._private.authentication import authentication_token_setup as setup
-
-    for name in (setup.__name__, "ray.dashboard", "ray._private.runtime_env"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 @contextmanager
