@@ -32,6 +32,7 @@ from hbi.commands.corpora import Corpus
 from hbi.infra.mlflow.tracker import Tracker
 from hbi.model.config import ModelConfig
 from hbi.model.hbi import HBI
+from hbi.model.losses import with_teacher
 from hbi.model.metrics import retrieval_metrics
 from hbi.model.tokenizer import tokenize, train_tokenizer
 from hbi.model.tokens import Tokens
@@ -221,7 +222,7 @@ def fit(bench: Ablation, row: Row, model: HBI, train: Split, tokenizer: Any, see
     """The training: AdamW with the demo's schedule; one caption of each clip in turn."""
     settings = replace(RUNS["demo"].optim, lr=bench.lr, backbone_lr=bench.lr)
     optimizer = make_optimizer(model, settings)
-    average = EMA(model, 0.99) if row.average else None
+    average = EMA(model, 0.99) if row.loss.teacher else None
     generator = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
     model.train()
@@ -235,12 +236,11 @@ def fit(bench: Ablation, row: Row, model: HBI, train: Split, tokenizer: Any, see
         batch = ids, mask, video, torch.ones(video.shape[:2], dtype=torch.bool)
         taught = None
         if average is not None:
-            average.swap(model)
-            with torch.no_grad():
+            with torch.no_grad(), average.swapped(model):
                 taught = model(*batch, loss=row.loss)
-            average.swap(model)
         set_learning_rate(optimizer, schedule(step, bench.steps, settings.warmup, settings.floor))
-        loss = row.losses(model(*batch, loss=row.loss), taught)
+        encoded = model(*batch, loss=row.loss)
+        loss = row.losses(encoded if taught is None else with_teacher(encoded, taught))
         if not loss.isfinite():
             raise ValueError(f"{next(iter(row.names))}, seed {seed}: step {step}: loss {loss.item()}")
         loss.backward()

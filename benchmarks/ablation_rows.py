@@ -10,7 +10,7 @@ from torch import Tensor
 from hbi.model.banzhaf import exact_interaction
 from hbi.model.config import LossSettings, ReconstructionConfig
 from hbi.model.hbi import HBI, Encoded
-from hbi.model.losses import QUADRATURE_NODES, distillation_loss, hbi_loss
+from hbi.model.losses import QUADRATURE_NODES, hbi_loss
 from hbi.model.similarity import pair_similarity, weighted_similarity
 from hbi.model.tokens import Tokens, last_present
 
@@ -20,8 +20,8 @@ ENTITY = {"entity": 1.0}
 ALL = {"entity": 1 / 3, "action": 1 / 3, "event": 1 / 3}
 Score = Callable[[dict[str, Tokens], dict[str, Tokens]], Tensor]
 """Texts and videos, at each level, to similarities [texts, videos]."""
-Extra = Callable[[Encoded, Encoded], Tensor]
-"""The batch as the model encodes it, and as the average of its weights does, to a loss that is added."""
+Extra = Callable[[Encoded], Tensor]
+"""The batch as the model encodes it to a loss that is added."""
 
 
 class MeanPooling(HBI):
@@ -68,16 +68,7 @@ def total_interaction(text: Tokens, video: Tokens) -> Tensor:
     ).sum((1, 2))
 
 
-def averaged_teacher(encoded: Encoded, average: Encoded) -> Tensor:
-    """The average of the weights teaches the weights which videos a text is near, and the other way round."""
-    logits, taught = (
-        part.logit_scale * weighted_similarity(part.text["entity"], part.video["entity"])
-        for part in (encoded, average)
-    )
-    return (distillation_loss(logits, taught) + distillation_loss(logits.T, taught.T)) / len(logits)
-
-
-def interaction_contrast(encoded: Encoded, average: Encoded) -> Tensor:
+def interaction_contrast(encoded: Encoded) -> Tensor:
     """A text's whole interaction with its own video is larger than with the hardest other one of the batch."""
     text, video = encoded.text["entity"], encoded.video["entity"]
     with torch.no_grad():
@@ -103,15 +94,13 @@ class Row:
     kind: type[HBI] = HBI
     extra: Extra | None = None
     """A loss that is added."""
-    average: bool = False
-    """Whether that loss asks the average of the weights."""
     explained: bool = True
     """Whether its explanations are measured: of mean pooling there is one token to explain."""
 
-    def losses(self, encoded: Encoded, average: Encoded | None) -> Tensor:
+    def losses(self, encoded: Encoded) -> Tensor:
         """The loss of a batch."""
         loss = hbi_loss(encoded, encoded, 0, self.loss, len(encoded.text["entity"].mask))["loss"]
-        return loss if self.extra is None else loss + self.extra(encoded, average or encoded)
+        return loss if self.extra is None else loss + self.extra(encoded)
 
 
 def _loss(levels: float, interaction: float = 0.0, distillation: float = 0.0, **more: Any) -> LossSettings:
@@ -147,11 +136,6 @@ ROWS = [
     Row({"9 the defaults": by_levels(ENTITY)}, LossSettings()),
     Row({"a: 2, frames see one neighbour": by_levels(ENTITY)}, _loss(0), {"temporal_window": 1}),
     Row({"b: 5, frames see one neighbour": by_levels(ALL)}, _loss(1, ALIGNED), {"temporal_window": 1}),
-    Row(
-        {"c: 2, taught by averaged weights": by_levels(ENTITY)},
-        _loss(0),
-        extra=averaged_teacher,
-        average=True,
-    ),
+    Row({"c: 2, taught by averaged weights": by_levels(ENTITY)}, _loss(0, teacher=1.0)),
     Row({"d: 2, contrast of interactions": by_levels(ENTITY)}, _loss(0), extra=interaction_contrast),
 ]

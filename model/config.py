@@ -319,6 +319,9 @@ class LossSettings:
     divided by B, and compares cosines without the logit scale, in whose square it grows: the published strength is
     2 / (B scale^2), here for 128 pairs and a scale of 100. A weight of 2 pulls at the encoders harder than the contrast
     does, and against it."""
+    teacher: float = 0.0
+    """Weight of the distillation from the average of the weights, which tells the weights how near each text of the
+    batch is to each video (entity level); the run then keeps one (`optim.ema`). 0: nothing is taught."""
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax`: a text is told from the batch's other videos, and a video from its texts. `sigmoid`: each pair is told
     by itself to match or not, with the bias of SigLIP's towers, whose own loss that is."""
@@ -339,6 +342,8 @@ class LossSettings:
             raise ValueError(f"LossSettings.contrast is {self.contrast!r}, must be softmax or sigmoid")
         if self.contrast == "sigmoid" and self.objective == "published":
             raise ValueError("LossSettings.contrast is 'sigmoid', must be softmax in the published objective")
+        if self.teacher and self.objective == "published":
+            raise ValueError(f"LossSettings.teacher is {self.teacher}, must be 0 in the published objective")
         if self.target not in ("exact", "estimator"):
             raise ValueError(f"LossSettings.target is {self.target!r}, must be exact or estimator")
         if self.chunk is not None and self.chunk < 1:
@@ -351,7 +356,7 @@ class LossSettings:
             raise ValueError(
                 f"LossSettings.levels is {self.levels}, must be three numbers of at least 0, the first above"
             )
-        for name in ("interaction", "distillation"):
+        for name in ("interaction", "distillation", "teacher"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"LossSettings.{name} is {getattr(self, name)}, must be at least 0")
         if not self.target_scale > 0:

@@ -13,6 +13,8 @@ from hbi.model.tokens import Tokens
 
 Similarities = dict[str, tuple[Tensor, Tensor | None]]
 """By level: [rows, candidates] of texts with videos, and the same of videos with texts (None: its transpose)."""
+TEACHER = "teacher"
+"""Beside the levels: the entity level as the average of the weights encodes it."""
 QUADRATURE_NODES = 128
 """Of the exact target: enough while the weight logits of a text or a video lie within 25 of each other."""
 
@@ -101,12 +103,14 @@ def hbi_loss(
 
         loss = sum over levels ( weight * contrastive + interaction * alignment )
                + distillation * sum over action, event
+               + teacher * teacher
 
         contrastive   1/2 the mean cross entropy of texts to videos + 1/2 that of videos to texts, at
                       logit_scale * similarity; or, with contrast "sigmoid", the mean over texts of `sigmoid_loss` at
                       logit_scale * similarity + logit_bias
         alignment     mean over pairs of `alignment_loss`
         distillation  mean over texts, plus mean over videos, of KL(entity level || this level) at the same logits
+        teacher       the same of KL(average of the weights || entity level), where `with_teacher` gave its tokens
 
     local: the rows of this rank; pool: the whole batch, with gradients, of which `local` is rows first, first + 1, ...
     (one process: the same, and first 0); batch: pairs in the whole batch. The logit scale is the local one.
@@ -114,7 +118,7 @@ def hbi_loss(
     next to each other: they are not told from each other, and the video is compared once.
 
     Returns "loss" and its parts without their weights: "contrastive/<level>", "alignment/<level>",
-    "distillation/<level>".
+    "distillation/<level>", "teacher".
     """
     with torch.autocast(local.logit_scale.device.type, enabled=False):
         if settings.objective == "published":
@@ -126,6 +130,19 @@ def hbi_loss(
         return loss_of_similarities(local, similarities, first, settings, batch, videos)
 
 
+def with_teacher(encoded: Encoded, taught: Encoded) -> Encoded:
+    """`encoded`, and beside its levels the entity level of `taught`."""
+    return encoded._replace(
+        text={**encoded.text, TEACHER: taught.text["entity"]},
+        video={**encoded.video, TEACHER: taught.video["entity"]},
+    )
+
+
+def compared_levels(encoded: Encoded, settings: LossSettings) -> list[str]:
+    """The levels that are learned, and the teacher's where there is one."""
+    return [*settings.learned, *([TEACHER] if TEACHER in encoded.text else [])]
+
+
 def cross_similarities(
     local: Encoded,
     pool: Encoded,
@@ -133,10 +150,10 @@ def cross_similarities(
     videos: Int[Tensor, "candidates"] | None = None,
     first: int = 0,
 ) -> Similarities:
-    """Every row of `local` with every row of `pool`, at the levels that are learned; videos, first: of `hbi_loss`."""
+    """Every row of `local` with every row of `pool`, at `compared_levels`; videos, first: of `hbi_loss`."""
     found: Similarities = {}
     ours = None if videos is None else videos[first : first + len(local.text["entity"].mask)]
-    for level in settings.learned:
+    for level in compared_levels(local, settings):
         text, video = local.text[level], local.video[level]
         chunk = settings.chunk or fitting_chunk(text.mask.shape[1], video.mask.shape[1])
         of_texts = _each_once(text, pool.video[level], videos, chunk)
@@ -194,6 +211,14 @@ def loss_of_similarities(
             distillation = distillation_loss(of_texts, teacher[0]) + distillation_loss(of_videos, teacher[1])
             losses[f"distillation/{level}"] = distillation / batch
             total = total + settings.distillation * losses[f"distillation/{level}"]
+    if TEACHER in similarities:
+        assert teacher is not None
+        with_videos, with_texts = similarities[TEACHER]
+        taught = distillation_loss(teacher[0], local.logit_scale * with_videos)
+        with_texts = with_videos.T if with_texts is None else with_texts
+        taught = taught + distillation_loss(teacher[1], local.logit_scale * with_texts)
+        losses[TEACHER] = taught / batch
+        total = total + settings.teacher * losses[TEACHER]
     return {"loss": total, **losses}
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,8 @@ class State:
     @contextmanager
     def served(self) -> Iterator[HBI]:
         """The model to evaluate and save: with averaged weights, if any; under FSDP2 a whole copy. Collective."""
-        if self.ema is not None:
-            self.ema.swap(self.model)
-        try:
+        with nullcontext() if self.ema is None else self.ema.swapped(self.model):
             yield full_model(self.model)
-        finally:
-            if self.ema is not None:
-                self.ema.swap(self.model)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Optimiser, random states, and the live weights where others are served. Collective."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
-from hbi.model.losses import Similarities, cross_similarities
+from hbi.model.losses import Similarities, compared_levels, cross_similarities
 from hbi.model.tokens import Tokens
 from hbi.training.settings import ExchangeSettings
 
@@ -221,7 +221,7 @@ def ring_similarities(
     sizes = row_counts(rows, group)
     ring = _Ring(local, sizes, settings, group, wire)
     found: Any = _RingSimilarities.apply(rows, ring)
-    pairs = zip(settings.learned, zip(found[::2], found[1::2], strict=True), strict=True)
+    pairs = zip(compared_levels(local, settings), zip(found[::2], found[1::2], strict=True), strict=True)
     return dict(pairs), sum(sizes[: dist.get_rank(group)]), sum(sizes)
 
 

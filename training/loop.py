@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hbi.model.hbi import HBI, Encoded
+from hbi.model.losses import with_teacher
 from hbi.model.tokenizer import tokenize
 from hbi.model.weights import build_model, load_estimator
 from hbi.pipelines.sample import ShardIndex, check_shards
@@ -187,15 +188,18 @@ class Training:
         if batch.task != "retrieval":
             return self.heads.backward(self._encode, batch, lambda on: averaging(self.wrapped, on))
 
-        def encode(micro_batch: tuple[Tensor, ...]) -> Encoded:
+        def encode(given: tuple[tuple[Tensor, ...], Encoded | None]) -> Encoded:
+            micro_batch, taught = given
             encoded: Encoded = self._encode(micro_batch)
+            if taught is not None:
+                encoded = with_teacher(encoded, taught)
             if len(self.finite) < self.config.data.accumulate:  # those of the second pass are the same
                 self.finite.append(finite_clips(encoded))
             return encoded
 
         return backward(
             encode,
-            self._micro_batches(batch),
+            self._taught(self._micro_batches(batch)),
             self.config.loss,
             lambda on: averaging(self.wrapped, on),
             exchange=self.config.compute.exchange,
@@ -210,6 +214,16 @@ class Training:
             t.to(self.process.device, non_blocking=True) for t in (ids, mask, batch.video, batch.video_mask)
         ]
         return list(zip(*(t.tensor_split(self.config.data.accumulate) for t in whole), strict=True))
+
+    @torch.no_grad()
+    def _taught(
+        self, micro_batches: list[tuple[Tensor, ...]]
+    ) -> list[tuple[tuple[Tensor, ...], Encoded | None]]:
+        """Each micro-batch, and how the average of the weights encodes it where that teaches."""
+        if self.ema is None or not self.config.loss.teacher:
+            return [(micro_batch, None) for micro_batch in micro_batches]
+        with self.ema.swapped(self.model):
+            return [(micro_batch, self._encode(micro_batch)) for micro_batch in micro_batches]
 
     def _encode(self, micro_batch: tuple[Any, ...]) -> Any:
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.bf16):

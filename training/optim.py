@@ -1,6 +1,8 @@
 """The optimiser's groups, the learning rate by step, and the moving average of the weights."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,15 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         live = [p.detach() for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """A context in which the model has the averaged weights."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

@@ -266,6 +266,12 @@ class TrainConfig:
             ("optim.epochs", self.optim.epochs, self.optim.epochs >= 1, "1 or more"),
             ("optim.warmup", self.optim.warmup, 0 <= self.optim.warmup < 1, "at least 0 and below 1"),
             ("optim.ema", self.optim.ema, 0 <= self.optim.ema < 1, "at least 0 and below 1"),
+            (
+                "loss.teacher",
+                self.loss.teacher,
+                not self.loss.teacher or self.optim.ema > 0,
+                "0 without an average of the weights (--set.optim.ema 0.99)",
+            ),
             ("workers.count", self.workers.count, self.workers.count >= 1, "1 or more"),
             (
                 "workers.at-least",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hbi.model.losses import (
     interaction_targets,
     published_loss,
     sigmoid_loss,
+    with_teacher,
 )
 from hbi.model.similarity import pair_similarity, weighted_similarity
 from hbi.model.tokens import Tokens
@@ -169,6 +171,24 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
             expected += 1.3 * distillation
     assert losses["loss"].item() == pytest.approx(expected)
     assert "distillation/entity" not in losses
+
+
+def test_a_teacher_tells_how_near_the_texts_are_to_the_videos() -> None:
+    whole, teacher = encoded(5), encoded(5, seed=1)
+    teacher = teacher._replace(video=whole.video)
+    plain = LossSettings(interaction=0.0, distillation=0.0)
+    untaught = hbi_loss(whole, whole, 0, plain, 5)
+    taught = with_teacher(whole, teacher)
+    losses = hbi_loss(taught, taught, 0, replace(plain, teacher=1.3), 5)
+    student, told = (
+        14 * weighted_similarity(e.text["entity"], whole.video["entity"]) for e in (whole, teacher)
+    )
+    both = zip(torch.cat([told, told.T]), torch.cat([student, student.T]), strict=True)
+    expected = sum(divergence(t, s) for t, s in both) / 5
+    assert expected > 1e-3 and losses["teacher"].item() == pytest.approx(expected)
+    assert losses["loss"].item() == pytest.approx(untaught["loss"].item() + 1.3 * expected)
+    with pytest.raises(ValueError, match=r"teacher is 1\.0, must be 0 in the published objective"):
+        LossSettings(teacher=1.0, objective="published")
 
 
 def test_the_target_is_the_exact_interaction() -> None:

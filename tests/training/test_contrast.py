@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import HBI, Encoded
+from hbi.model.losses import with_teacher
 from hbi.training.contrast import backward, contrast, detach_tokens
 from hbi.training.exchange import gather_rows
 from hbi.training.optim import make_optimizer
@@ -45,12 +46,14 @@ CASES = {
         LossSettings(interaction=1.0, distillation=2.0, chunk=2),
         2,
     ),
+    "taught, in pieces": ([3, 2], LossSettings(teacher=1.5), 2),
+    "ring of three, taught": ([2, 0, 3], LossSettings(teacher=1.5), 1),
     "published": ([2, 3, 1, 2], LossSettings(interaction=1.0, distillation=2.0, objective="published"), 1),
 }
 
 
-def fresh_model(settings: LossSettings | None = None) -> HBI:
-    torch.manual_seed(0)
+def fresh_model(settings: LossSettings | None = None, seed: int = 0) -> HBI:
+    torch.manual_seed(seed)
     config = tiny_model(estimator=True)
     if settings is None or settings.contrast == "softmax":
         return HBI(config)
@@ -68,6 +71,15 @@ def global_batch(clips: int) -> tuple[Tensor, ...]:
     return ids, torch.arange(WORDS) < lengths, video, torch.arange(FRAMES) < shown
 
 
+def encode(wrapped: nn.Module, batch: tuple[Tensor, ...], settings: LossSettings) -> Encoded:
+    """With what another model teaches, where it does."""
+    encoded = wrapped(*batch)
+    if not settings.teacher:
+        return encoded
+    with torch.no_grad():
+        return with_teacher(encoded, fresh_model(settings, seed=1)(*batch))
+
+
 def learn(  # noqa: PLR0913 (as many as a case has)
     model: HBI,
     wrapped: nn.Module,
@@ -79,7 +91,12 @@ def learn(  # noqa: PLR0913 (as many as a case has)
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     cut = list(zip(*(tensor.tensor_split(pieces) for tensor in batch), strict=True))
     losses = backward(
-        lambda piece: wrapped(*piece), cut, settings, lambda on: averaging(wrapped, on), group, exchange
+        lambda piece: encode(wrapped, piece, settings),
+        cut,
+        settings,
+        lambda on: averaging(wrapped, on),
+        group,
+        exchange,
     )
     if group is not None:
         for loss in losses.values():
@@ -158,10 +175,11 @@ def test_ranks_give_the_loss_and_gradient_of_one_process(results: list[dict], na
     sizes, settings, _ = CASES[name]
     model = fresh_model(settings)
     # The reference is the plain way: one graph, the whole batch, nothing cut, nothing chunked.
-    encoded = model(*global_batch(sum(sizes)))
+    encoded = encode(model, global_batch(sum(sizes)), settings)
     losses = contrast(encoded, replace(settings, chunk=None))
     losses["loss"].backward()
     expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert ("teacher" in losses) == (settings.teacher > 0)
     assert ("logit_bias" in expected) == (settings.contrast == "sigmoid")
     for rank in range(len(sizes)):
         ranked_losses, gradients = results[rank][name]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hbi.model.config import LossSettings
 from hbi.model.hbi import HBI
 from hbi.training.checks import check_cluster, check_splits
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
@@ -57,10 +58,17 @@ def test_the_average_follows_its_formula_and_swaps_back() -> None:
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(average.weights["weight"], expected)
     live = model.weight.detach().clone()
-    average.swap(model)
-    torch.testing.assert_close(model.weight.detach(), expected)
-    average.swap(model)
+    with average.swapped(model):
+        torch.testing.assert_close(model.weight.detach(), expected)
     assert torch.equal(model.weight.detach(), live)
+
+
+def test_a_teacher_needs_an_average() -> None:
+    with pytest.raises(
+        ValueError, match=r"--set.loss.teacher 1.0: must be 0 without an average of the weights"
+    ):
+        TrainConfig(loss=LossSettings(teacher=1.0))
+    TrainConfig(loss=LossSettings(teacher=1.0), optim=OptimSettings(ema=0.9))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def config_of(epochs: int = 8) -> TrainConfig:
     return replace(
         config,
         workers=WorkerSettings(count=2, cpus=0.5),
+        loss=replace(config.loss, teacher=1.0),
         optim=replace(config.optim, epochs=epochs, ema=0.9),
         checkpoint=replace(config.checkpoint, every_steps=STEPS_KEPT),
     )
