@@ -80,10 +80,13 @@ def normalise(
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
 ) -> "torch.Tensor":  # type: ignore[name-defined]
-    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std, by default CLIP's."""
+    """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std, by default CLIP's.
+
+    Colours stay next to each other in memory: convolutions are faster so, and nothing is copied.
+    """
     import torch
 
     mean = torch.tensor(image_mean, device=video.device)
     std = torch.tensor(image_std, device=video.device)
     # One multiply-add per pixel: x * (1 / (255 std)) - mean / std.
-    return (video.float() * (1 / (255 * std)) - mean / std).movedim(-1, -3).contiguous()
+    return video.float().mul_(1 / (255 * std)).sub_(mean / std).movedim(-1, -3)

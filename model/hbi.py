@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from hbi.model.backbones.pretrained import fresh_backbone, towers_of
@@ -22,7 +23,7 @@ from hbi.model.predictor import InteractionPredictor
 from hbi.model.reconstruct import Reconstruction
 from hbi.model.similarity import matched_similarity, pair_similarity, weighted_similarity
 from hbi.model.temporal import TemporalTransformer
-from hbi.model.tokens import Tokens, require_tokens
+from hbi.model.tokens import Tokens, longest, require_tokens
 
 LARGEST_LOGIT_SCALE = 100.0
 BACKBONE = ("text.", "video.", "logit_scale", "logit_bias")
@@ -155,8 +156,11 @@ class HBI(nn.Module):
     ) -> tuple[Float[Tensor, "batch words dim"], Float[Tensor, "batch dim"]]:
         """Words and sentence of each text; ValueError for a text without a token."""
         mask = require_tokens(text_mask, "text")
-        words, sentence = self.text(input_ids, mask)
-        return words.float(), sentence.float()
+        width = mask.shape[1]
+        # CLIP's present words never look at padding behind them. SigLIP's do, and so does the published merge.
+        used = longest(mask) if self.config.towers.family == "clip" and not self._published else width
+        words, sentence = self.text(input_ids[:, :used], mask[:, :used])
+        return pad(words.float(), (0, 0, 0, width - used)), sentence.float()
 
     def encode_video(
         self,

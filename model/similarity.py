@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from hbi.model.tokens import Tokens, at_least_float32
+from hbi.model.tokens import Tokens, at_least_float32, longest
 
 Padding = Literal["absent", "zero"]
 BLOCK_BYTES = 2**28
@@ -76,6 +76,8 @@ def weighted_similarity(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be at least 1 (or None for no chunks)")
+    if padding == "absent":
+        text, video = (Tokens(*(part[:, : longest(side.mask)] for part in side)) for side in (text, video))
     with _full_precision(text.tokens):
         words = (_directions(text.tokens), text.weights(), text.mask)
         frames = (_directions(video.tokens), video.weights(), video.mask)

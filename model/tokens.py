@@ -46,6 +46,14 @@ def require_tokens(mask: Shaped[Tensor, "batch n"], what: str) -> Bool[Tensor, "
     return mask
 
 
+def longest(mask: Bool[Tensor, "batch n"]) -> int:
+    """Columns up to the last one in which a row has a token, at least one; on a GPU all of them, so that no step waits
+    for the answer, and where torch compiles, which wants one size."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return mask.shape[1]
+    return int((mask.any(0) * torch.arange(1, mask.shape[1] + 1)).amax().clamp(min=1)) if mask.shape[1] else 0
+
+
 def last_present(
     words: Float[Tensor, "batch words dim"], mask: Bool[Tensor, "batch words"]
 ) -> Float[Tensor, "batch dim"]:

@@ -85,6 +85,24 @@ def test_more_padding_changes_nothing(model: HBI) -> None:
             assert torch.allclose(ours[level].tokens[mask], theirs[level].tokens[:, :n][mask], atol=1e-4)
 
 
+def test_only_what_the_longest_text_needs_is_encoded(model: HBI, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, text_mask, *_ = batch(words=9)
+    text_mask[:, 7:] = 0
+    widths, tower = [], model.text.forward
+
+    def forward(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        widths.append(input_ids.shape[1])
+        return tower(input_ids, mask)
+
+    monkeypatch.setattr(model.text, "forward", forward)
+    with torch.no_grad():
+        (short, sentence), (whole, _) = model.encode_text(ids, text_mask), tower(ids, text_mask.bool())
+    assert widths == [7] and short.shape == whole.shape and not short[:, 7:].any()
+    present = text_mask.bool()
+    torch.testing.assert_close(short[present], whole[present])
+    assert torch.equal(sentence, short[range(len(ids)), text_mask.sum(1) - 1])
+
+
 def test_padding_may_hold_anything(model: HBI) -> None:
     ids, text_mask, video, video_mask = batch()
     other_ids = torch.where(text_mask, ids, 33)
