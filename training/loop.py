@@ -34,7 +34,7 @@ from hbi.training.data.shards import index_digest
 from hbi.training.init import init_model
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.parallel import average_scalars, averaging, clip_gradients, parallelize
-from hbi.training.settings import TrainConfig
+from hbi.training.settings import METRICS, TrainConfig
 from hbi.training.step_metrics import StepMetrics
 from hbi.training.tasks import HeadTasks
 from hbi.training.throughput import Throughput, clock, flops_per_clip, memory_bytes, peak_flops
@@ -353,10 +353,9 @@ class Training:
         self.model.train()
         self.progress = replace(self.progress, metrics=metrics)
         if self.process.first and metrics:
-            chosen = {name: value for name, value in metrics.items() if name.endswith(self.config.metric)}
-            self.hooks.log(
-                f"epoch {epoch}  " + "  ".join(f"{name} {value:.1f}" for name, value in chosen.items())
-            )
+            told = tuple(f"/{name}" for name in (self.config.metric, *(METRICS[t] for t in self.config.task)))
+            shown = [f"{name} {value:.1f}" for name, value in metrics.items() if name.endswith(told)]
+            self.hooks.log("  ".join((f"epoch {epoch}", *shown)))
             self._track(metrics, self.progress.step)
 
     def _resume(self) -> str | None:
