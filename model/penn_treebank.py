@@ -165,6 +165,7 @@ RULES: list[tuple[str, Rewrite]] = [
     (r"((?i:gon|wan))(?i:na)|((?i:got))(?i:ta)|((?i:lem|gim))(?i:me)", _whole),
     (r"('(?i:t))(?i:is)", _whole),
     (TAG, _replace(SPACES_STAY)),
+    (r"-{5,}", _whole),
     (r"&(?i:md|mdash|ndash);|[\u0096\u0097\u2013-\u2015]|-{2,}", _always("--")),
     (r"(?i:&amp;)", _always("&")),
     (r"&(?i:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);", _whole),
