@@ -61,10 +61,10 @@ def demo() -> TrainConfig:
         model=ModelConfig(towers=towers, words=32, frames=6, temporal_layers=2, predictor_width=8),
         loss=LossSettings(levels=(1.0, 0.0, 0.0), interaction=0.0, distillation=0.0),
         data=DataSettings(batch=64, workers=0, keep_mb=500),
-        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=28),
+        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=24),
         compute=ComputeSettings(bf16=False),
         workers=WorkerSettings(count=2, cpus=0.5),
-        evaluate=EvaluateSettings(every_epochs=10),
+        evaluate=EvaluateSettings(every_epochs=8),
         tracking=TrackingSettings(alias="champion", every_steps=50),
     )
 
@@ -84,6 +84,7 @@ def demo_heads() -> TrainConfig:
         task=("qa", "caption"),
         model=replace(
             base.model,
+            checkpointing=True,
             reconstruction=ReconstructionConfig("attention"),
             answers=AnswerConfig("open", 200),
             captions=CaptionConfig(layers=1, heads=2, words=32),
