@@ -23,11 +23,14 @@ CAN_RUN: Mapping[str, tuple[type, Mapping[str, str]]] = {
     "shard": (Shard, {"manifest": "input", "out": "output", "report": "output"}),
     "train": (Train, {"data": "input", "out": "output", "tracking": "tracking"}),
     "evaluate": (Evaluate, {"model": "model", "shards": "input", "tracking": "tracking"}),
-    "index": (BuildIndex, {"model": "model", "shards": "input", "index": "output", "tracking": "tracking"}),
+    "index": (
+        BuildIndex,
+        {"model": "model", "shards": "input", "index": "output", "show": "input", "tracking": "tracking"},
+    ),
     "serve": (Serve, {"model": "model", "index": "input", "tracking": "tracking"}),
 }
 """What may be a job, and which of its arguments are places that the cluster must see."""
-HOLDS = {"data": "index.json", "shards": "index.json", "index": "index.json"}
+HOLDS = dict.fromkeys(("data", "shards", "index", "show"), "index.json")
 """What lies in a folder of input."""
 Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 
