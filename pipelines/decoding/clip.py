@@ -119,7 +119,7 @@ def _clip_of(
         if name == "decord" and not decord.is_right(film):
             continue
         trying(name)
-        wanted = Wanted(settings, start, end, timeline.span if timeline else None)
+        wanted = Wanted(settings, start, end, stream, timeline)
         picture = Picture.of_stream(settings.size, stream)
         try:
             found = (decord if name == "decord" else pyav).chosen_frames(film, wanted, picture)
@@ -163,16 +163,18 @@ def film_of(data: bytes | Path | str | Film) -> Iterator[Film]:
 
 
 class Wanted:
-    """Which frames of a clip are wanted, given the times of all frames, or of those around it and `span`."""
+    """Which frames of a clip are wanted, given the times of all frames, or of those around it."""
 
     def __init__(
         self,
         settings: FrameSettings,
         start: float | None,
         end: float | None,
-        span: tuple[float, float] | None = None,
+        stream: "VideoStream",
+        timeline: Timeline | None,
     ) -> None:
-        self.settings, self.start, self.end, self.span = settings, start, end, span
+        self.settings, self.start, self.end = settings, start, end
+        self.stream, self.timeline = stream, timeline
         self.stood = False
         """Whether no frame begins inside the clip, and the one that stood there is taken."""
 
@@ -183,11 +185,14 @@ class Wanted:
             return chosen
         start = self.start or 0.0
         before = int(np.searchsorted(times, start, side="right")) - 1
-        if 0 <= before < len(times) - 1:
+        # The last one stands to the end of the file, which may have sound after it.
+        if before >= 0 and (
+            before < len(times) - 1 or start < rate_and_length(self.stream, times, self.timeline)[1]
+        ):
             self.stood = True
             return np.array([before])
         until = "the end" if self.end is None else f"{self.end:g} s"
-        first, last = self.span or (times[0], times[-1])
+        first, last = (self.timeline and self.timeline.span) or (times[0], times[-1])
         raise DecodeError(
             f"no frame between {start:g} s and {until}: the video's frames lie between {first:.2f} s "
             f"and {last:.2f} s"
@@ -212,7 +217,8 @@ def rate_and_length(
     fps = (timeline.rate if timeline else 0.0) or stated_rate(stream, near=counted) or counted
     tail = timeline.tail if timeline else 0.0
     last = timeline.span[1] if timeline and timeline.span else float(times[-1])
-    end = last + (tail if 0 < tail < 10 else 1 / fps if fps else 0.0)
-    # The file may be longer than its pictures (sound goes on), by as much as is believable.
     length = timeline.length if timeline else 0.0
+    stands = 0 < tail < 10 or (tail > 0 and abs(last + tail - length) < 1)
+    end = last + (tail if stands else 1 / fps if fps else 0.0)
+    # The file may be longer than its pictures (sound goes on), by as much as is believable.
     return fps, length if last < length <= 2 * end + 1 else end

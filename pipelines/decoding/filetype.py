@@ -94,13 +94,26 @@ def why_unreadable(source: BinaryIO, head: bytes, size: int, said: str) -> str:
 
 
 def is_truncated(source: BinaryIO, head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes says itself that it was longer: an mp4 box, a RIFF list, a Matroska segment."""
+    """Whether a file of `size` bytes says itself that it was longer.
+
+    By an mp4 box, a RIFF list, a Matroska segment, a tag of FLV, a part of an MPEG-TS packet, a GIF without its end.
+    """
     if head[:4] == b"RIFF":
         # Sizes are even; some writers leave 0, and files beyond 2 GiB go on in further lists.
         stated = int.from_bytes(head[4:8], "little")
         return stated > 0 and size < stated + 8
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        return any(place + length > size for _, place, length in boxes(source, size))
+        found = list(boxes(source, size))  # of a fragment's two, the second may be all that is missing
+        beyond = any(place + length > size for _, place, length in found)
+        return beyond or bool(found and found[-1][0] == b"moof")
+    if head.startswith(b"FLV"):
+        return _flv_breaks_off(source, size)
+    if head.startswith(b"GIF8"):
+        source.seek(max(0, size - 64))
+        return not source.read().rstrip(b"\0\r\n").endswith(b";")
+    for packet, sync in ((188, 0), (192, 4), (204, 0)):
+        if head[sync::packet][:16] == b"G" * 16:
+            return size % packet > 0
     if head.startswith(b"\x1aE\xdf\xa3"):
         place = _after_element(head, 0)
         if place is not None and head[place : place + 4] == b"\x18S\x80g":
@@ -121,6 +134,19 @@ def boxes(source: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
             return
         yield box[4:8], place, length
         place += length
+
+
+def _flv_breaks_off(source: BinaryIO, size: int) -> bool:
+    """Whether a tag of an FLV file ends beyond it."""
+    source.seek(5)
+    place = int.from_bytes(source.read(4)) + 4
+    while place < size:
+        source.seek(place)
+        tag = source.read(4)
+        if len(tag) == 4 and tag[0] & 31 not in (8, 9, 18):  # sound, pictures, what is said of them
+            return False
+        place += 15 + int.from_bytes(tag[1:])
+    return place > size
 
 
 def _after_element(head: bytes, place: int) -> int | None:

@@ -127,11 +127,12 @@ def read_timeline(
         return None
     codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata
     read = Packets() if keep else Packets(kept=None)
-    truncated = breaks_off(source)
+    truncated, cut_through = breaks_off(source), False
     for packet in demuxed(container, stream):
         read.add(packet, codec, extradata)
-        if truncated and packet.is_corrupt:
-            read.shown[-1] = False  # the one that was cut through
+        cut_through = truncated and (packet.is_corrupt or container.format.name == "gif")
+    if cut_through:
+        read.shown[-1] = False
     if not any(read.shown):
         raise DecodeError("there is no frame in it")
     # An index that lists more than there is: the rest of the file is missing.

@@ -21,9 +21,9 @@ FOLDER = ".plan"
 PART_BYTES = 32 * 2**20
 """Planned rows lie in parts of about this size, many shards in one: a million clips make some twenty files."""
 DIGEST_BYTES = 2**20
-VERSION = 3
+VERSION = 4
 """Of what decides the bytes of a shard beside its settings. 2: pictures as players show them, with words of it.
-3: HLG by a display's light."""
+3: HLG by a display's light. 4: files cut short in more formats, last pictures that stand."""
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,12 @@ def make(  # noqa: PLR0913 (each is one property of a video)
     height: int = SIDE,
     pix_fmt: str = "yuv420p",
     aspect: Fraction | None = None,
+    movflags: str = "",
 ) -> bytes:
     """A video of `count` numbered frames. pts: their times in milliseconds, where they are not regular."""
     buffer = io.BytesIO()
     given: dict[str, Any] = {"strict": "experimental"} if codec == "av1" else {}
+    given |= {"movflags": movflags} if movflags else {}
     with av.open(buffer, "w", format=container, options=given) as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
