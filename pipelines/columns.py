@@ -1,17 +1,20 @@
 """The columns of a manifest as people write them, to what is meant; a ValueError says which value is not understood."""
 
+import ast
 import difflib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 COLUMNS = ("video", "id", "captions", "split", "start", "end", "qa")
 CAPTIONS = ("captions", "caption", "text")
 """Names under which captions are read."""
 LOOK_ALIKES = {
-    "captions": "sentence sentences description descriptions texts captiontext captionsen encap desc".split(),  # noqa: SIM905
+    "captions": "sentence sentences description descriptions text texts encap desc".split(),  # noqa: SIM905
     "start": [
         "starts",
         "starttime",
@@ -29,29 +32,39 @@ LOOK_ALIKES = {
     "video": ["videos", "videopath", "path", "file", "filename", "filepath", "uri", "url", "videourl"],
 }
 """What is likely meant for a column that is not there, without case and punctuation."""
+PARTS = {"captions": {"caption", "captions"}, "start": {"start", "starts"}, "end": {"end", "ends"}}
+"""Words of a longer name, as `clip_start`, `endTime`, `caption_en`, for which the same is likely meant."""
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""Bytes that are no UTF-8, as Python keeps them in text."""
+BETWEEN = re.compile(r"""['"]\s+['"]""")
 CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
 
 
 def check_columns(columns: Iterable[str]) -> None:
     """ValueError for a column that looks like one of ours under a name that is not read, where ours is not there."""
-    names = [str(column) for column in columns]
+    if fault := _fault_of(tuple(map(str, columns))):
+        raise ValueError(fault)
+
+
+@lru_cache(1024)
+def _fault_of(names: tuple[str, ...]) -> str:
     captions = [name for name in CAPTIONS if name in names]
     if len(captions) > 1:
-        raise ValueError(f"captions stand in two columns, {' and '.join(captions)}: keep one")
+        return f"captions stand in two columns, {' and '.join(captions)}: keep one"
     there = {*names, *(("captions",) if captions else ())}
     for name in names:
         if name in COLUMNS or name in CAPTIONS:
             continue
         bare = re.sub(r"[^a-z]", "", name.lower())
+        words = set(re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower()))
         for column in COLUMNS:
-            wanted = bare == column or bare in LOOK_ALIKES.get(column, ())
+            wanted = bare == column or bare in LOOK_ALIKES.get(column, ()) or words & PARTS.get(column, set())
             typo = len(bare) > 4 and difflib.SequenceMatcher(None, bare, column).ratio() >= 0.87
             if (wanted or typo) and (column not in there or bare == column):
-                raise ValueError(
+                return (
                     f"the column {name!r} is not read: call it {column} if that is meant, else something else"
                 )
-    if "video" not in there:
-        raise ValueError(f"no `video` (its columns: {', '.join(names) or 'none'})")
+    return "" if "video" in there else f"no `video` (its columns: {', '.join(names) or 'none'})"
 
 
 def absent(value: Any) -> bool:
@@ -64,13 +77,17 @@ def captions_of(given: Mapping[str, Any]) -> list[str]:
     name = next((name for name in CAPTIONS if name in given), "captions")
     value = given.get(name, [])
     if isinstance(value, str):
-        value = _cell(value) if value.lstrip().startswith("[") else [value]
-        value = value if isinstance(value, list) else [value]
+        cell = _cell(value) if value.lstrip().startswith("[") else [value]
+        if cell == value and value.lstrip().startswith(("['", '["')):
+            raise ValueError(f"`{name}` is {shown(value)}, a list that cannot be read: write it as JSON")
+        value = cell if isinstance(cell, list) else [value]
     if not isinstance(value, list):
         raise ValueError(f"`{name}` is {shown(value)}, must be a sentence or a list of sentences")
     found = [caption for caption in value if not absent(caption)]
     if not all(isinstance(caption, str) for caption in found):
         raise ValueError(f"`{name}` is {shown(value)}, must be a sentence or a list of sentences")
+    if any(NOT_UTF8.search(caption) for caption in found):
+        raise ValueError(f"`{name}` is {shown(value)}, not text in UTF-8: write the manifest in UTF-8")
     return [caption for caption in found if caption.strip()]
 
 
@@ -88,10 +105,14 @@ def questions_of(given: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _cell(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    """A list in a cell: as JSON, or as Python prints one; what is neither, as it stands."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(value)
+            if read is ast.literal_eval and len(found) == 1 and BETWEEN.search(value):
+                break  # an array of NumPy's, which Python would take for one long sentence
+            return found
+    return value
 
 
 def id_of(value: Any) -> str:

@@ -8,7 +8,9 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, zip_longest
 from typing import IO, Any, cast
 
 from hbi.infra import storage
@@ -26,6 +28,8 @@ BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 SPACE = re.compile(r"\s*")
+NOTHING = ("", "NaN", "nan", "NULL", "null", "None", "<NA>", "N/A", "n/a", "#N/A")
+"""Cells that stand for no value, as data frames and spreadsheets write them."""
 HEADED = (".csv", ".tsv", ".parquet", ".pq")
 """Formats whose columns are the same in every row, known before the first."""
 
@@ -201,18 +205,27 @@ def _json_lines(text: _Resumed) -> Iterator[tuple[str, Any]]:
 
 def _csv(text: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.DictReader(text, delimiter=delimiter, restkey="", restval=None)
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    for row in reader:
-        where = f"line {reader.line_num}"
-        if row.get(""):
-            yield where, Unreadable(f"more cells than the header has columns ({len(reader.fieldnames)})")
+    header = text.readline()
+    if delimiter not in header:  # a .csv may be separated by semicolons or tabs
+        delimiter = max(",;\t", key=header.count)
+    reader = csv.reader(chain([header], text), delimiter=delimiter)
+    names = [name.strip() for name in next(reader, ())]
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise csv.Error(f"two of its columns are called {twice!r}: keep one")
+    for cells in reader:
+        if not cells:
             continue
-        yield (
-            where,
-            {name: value for name, value in row.items() if name and value not in (None, "")}
-            | {name: None for name in reader.fieldnames if name and not row.get(name)},
-        )
+        if any(cells[len(names) :]):
+            content: Any = Unreadable(f"more cells than the header has columns ({len(names)})")
+        else:
+            # Without a name: the index that data frames write in front.
+            content = {
+                name: None if cell in NOTHING else cell
+                for name, cell in zip_longest(names, cells[: len(names)], fillvalue="")
+                if name
+            }
+        yield f"line {reader.line_num}", content
 
 
 def _parquet(path: str) -> Iterator[tuple[str, Any]]:

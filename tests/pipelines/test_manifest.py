@@ -100,6 +100,11 @@ def test_a_manifest_is_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ('{"video": "a", "Captions": ["x"]}', "the column 'Captions' is not read: call it captions"),
         ('{"video": "a", "captoins": ["x"]}', "the column 'captoins' is not read"),
         ('{"video": "a", "sentence": "x"}', "the column 'sentence' is not read: call it captions"),
+        ('{"video": "a", "Text": "x"}', "the column 'Text' is not read: call it captions"),
+        ('{"video": "a", "captionEn": "x"}', "the column 'captionEn' is not read: call it captions"),
+        ('{"video": "a", "clip_start": 3}', "the column 'clip_start' is not read: call it start"),
+        ('{"video": "a", "endFrame": 3}', "the column 'endFrame' is not read: call it end"),
+        ('{"video": "a", "text": "[\'a\' \'b\']"}', "a list that cannot be read: write it as JSON"),
         ('{"video": "a", "start_time": 3}', "the column 'start_time' is not read: call it start"),
         ('{"video": "a", "caption": "x", "text": "y"}', "captions stand in two columns, caption and text"),
         ('{"video": "a", "split": 1}', "`split` is 1"),
@@ -137,6 +142,7 @@ def test_what_people_write_is_understood() -> None:
     assert row(captions=None).captions == row(captions=float("nan")).captions == []
     assert row(captions=["one", None, float("nan"), " "]).captions == ["one"]
     assert row(captions='["one", "two"]').captions == ["one", "two"]
+    assert row(captions="['one', \"it's\"]").captions == ["one", "it's"]  # as Python prints a list
     assert row(captions="[music]").captions == ["[music]"]
     assert [
         row(start=value).start for value in (1, 1.5, "2", " 2.5 ", "0:10", "00:01:02.5", "1:00:00,5")
@@ -189,6 +195,24 @@ def test_a_header_that_is_wrong_is_wrong_as_a_whole(tmp_path: Path) -> None:
     path = write(tmp_path, *['{"film": "a.mp4"}'] * 200)
     with pytest.raises(ValueError, match="none of its first 100 rows is a clip: line 1: no `video`"):
         list(read_manifest(path))
+
+
+def test_tables_as_data_frames_and_spreadsheets_write_them(tmp_path: Path) -> None:
+    """An index without a name in front, a word for no value, semicolons or tabs in a .csv."""
+    path = tmp_path / "m.csv"
+    for text in (
+        ",video,caption,start\n0,/a.mp4,one,\n1,/b.mp4,NaN,2.5\n",
+        "video;caption;start\n/a.mp4;one;None\n/b.mp4;null;2.5\n",
+        "video\tcaption\tstart\n/a.mp4\tone\n\n/b.mp4\t<NA>\t2.5\n",
+    ):
+        path.write_text(text)
+        assert list(read_manifest(str(path))) == [Row("/a.mp4", "a", ["one"]), Row("/b.mp4", "b", start=2.5)]
+    path.write_text("video,caption,caption\n/a.mp4,one,two\n")
+    with pytest.raises(ValueError, match="two of its columns are called 'caption': keep one"):
+        list(read_manifest(str(path)))
+    path.write_bytes("video,caption\n/ä.mp4,one\n/b.mp4,schön\n".encode("latin-1"))
+    name, caption = read_manifest(str(path))
+    assert os.fsencode(name.video) == b"/\xe4.mp4" and "not text in UTF-8" in caption.fault
 
 
 def test_cells_beyond_the_header_are_a_fault(tmp_path: Path) -> None:
