@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Progress:
         self.summary, self.begin = summary, time.time()
         self.finished = self.failures = 0
         self.under_way: dict[str, int] = {}
+        self.done: deque[str] = deque(maxlen=4096)  # what is said of a shard may come after its result
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Progress":
@@ -35,8 +37,9 @@ class Progress:
         """A worker says how many clips of a shard it has done."""
         name, clips = message
         with self.lock:
-            self.under_way[name] = clips
-            self._show()
+            if name not in self.done:
+                self.under_way[name] = clips
+                self._show()
 
     def follow(self, results: Iterable[ShardResult]) -> None:
         """Shows the shards as they finish; the first result, of no rows, says that a worker is up."""
@@ -47,6 +50,7 @@ class Progress:
                 continue
             with self.lock:
                 self.under_way.pop(done.name, None)
+                self.done.append(done.name)
                 self.finished += done.rows
                 self.failures += done.failures
                 self.bar.set_postfix(failures=self.failures, refresh=False)

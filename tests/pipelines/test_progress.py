@@ -17,6 +17,7 @@ def test_clips_count_before_their_shard_is_done():
             shown.append(progress.bar.n)
         assert shown == [4, 7, 12, 12]
         progress.follow([ShardResult("", 0, 0, time.time()), ShardResult("a", 10, 1, time.time())])
+        progress.hear(("a", 9))  # which it said before it was done
         assert (progress.bar.n, progress.failures) == (12, 1)
         progress.follow([ShardResult("b", 10, 0, time.time())])
         assert progress.bar.n == progress.bar.total == 20
