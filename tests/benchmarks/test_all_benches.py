@@ -98,7 +98,8 @@ def test_scale() -> None:
 
 def test_sharding() -> None:
     found = bench("sharding", "--clips", "20", "--repeats", "1", "--samples-per-shard", "10")
-    assert found["rows"] == found["samples"] == 20 and found["same_bytes"]
+    assert found["rows"] == found["samples"] == found["user_same_frames"] == 20 and found["same_bytes"]
+    assert found["over_user"] > 0 and found["over_bare_cpu"] > 0
 
 
 def test_step() -> None:
