@@ -34,8 +34,6 @@ LOOK_ALIKES = {
 """What is likely meant for a column that is not there, without case and punctuation."""
 PARTS = {"captions": {"caption", "captions"}, "start": {"start", "starts"}, "end": {"end", "ends"}}
 """Words of a longer name, as `clip_start`, `endTime`, `caption_en`, for which the same is likely meant."""
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""Bytes that are no UTF-8, as Python keeps them in text."""
 BETWEEN = re.compile(r"""['"]\s+['"]""")
 CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
 
@@ -86,8 +84,6 @@ def captions_of(given: Mapping[str, Any]) -> list[str]:
     found = [caption for caption in value if not absent(caption)]
     if not all(isinstance(caption, str) for caption in found):
         raise ValueError(f"`{name}` is {shown(value)}, must be a sentence or a list of sentences")
-    if any(NOT_UTF8.search(caption) for caption in found):
-        raise ValueError(f"`{name}` is {shown(value)}, not text in UTF-8: write the manifest in UTF-8")
     return [caption for caption in found if caption.strip()]
 
 
