@@ -33,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.vocabulary = ("red", "blue", "a square")
     save_model(model, folder / "model", tokenizer)
     (folder / "one.mp4").write_bytes(make(12))
+    (folder / "text.mp4").write_text("hello")
+    (folder / "empty.mp4").write_bytes(b"")
     return folder
 
 
@@ -66,12 +68,16 @@ def test_an_answer_a_caption_and_labels(folder: Path, capsys, monkeypatch) -> No
         (["answer", "model", "one.mp4", QUESTION, "--answers", "red", "red"], "red"),
         (["answer", "model", "one.mp4", QUESTION, "-k", "0"], "-k 0: must be at least 1"),
         (["answer", "model", "none.mp4", QUESTION], "none.mp4"),
+        (["answer", "model", "one.mp4", QUESTION, "--answers", "red", " "], "answers: one is empty"),
+        (["answer", "model", "text.mp4", QUESTION], "text.mp4: gives no frames (not a video but"),
+        (["caption", "model", "empty.mp4"], "empty.mp4: gives no frames ("),
         (["classify", "model", "one.mp4", "--labels"], "labels: [] has 0"),
+        (["classify", "model", "one.mp4", "--labels", "red", "red"], "labels: 'red' is there more than once"),
         (["caption", "model"], "VIDEO"),
     ],
 )
 def test_bad_input_is_one_line(line: list[str], expected: str, folder: Path, capsys, monkeypatch) -> None:
-    names = {"bare", "model", "one.mp4", "none.mp4"}
+    names = {"bare", "model", "one.mp4", "none.mp4", "text.mp4", "empty.mp4"}
     args = [str(folder / word) if word in names else word for word in line]
     status, out, err = run(capsys, monkeypatch, *args)
     assert status != 0 and not out and expected in err and "Traceback" not in err
