@@ -110,8 +110,9 @@ def _persist(what: str, request: Callable[[], Result]) -> Result:
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
 
-    hub = sys.modules.get("httpx")  # by which huggingface_hub speaks
-    passing = (OSError, BotoCoreError, ClientError, HttpError, *((hub.HTTPError,) if hub else ()))
+    errors = {"httpx": "HTTPError", "httpx2": "HTTPError", "gcsfs.retry": "HttpError"}  # of hf://, gs://
+    others = [getattr(sys.modules[name], error) for name, error in errors.items() if name in sys.modules]
+    passing = (OSError, BotoCoreError, ClientError, HttpError, *others)
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError)
     refused = (NoCredentialsError, ParamValidationError)
     tries = tenacity.Retrying(

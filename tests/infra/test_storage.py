@@ -220,3 +220,16 @@ def test_a_hub_that_does_not_answer_is_an_outage(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(storage.StorageError, match=r"hf://datasets/a/b/c\.mp4: storage kept failing"):
             storage.size("hf://datasets/a/b/c.mp4")
     storage._other.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["httpx", "httpx2"])
+def test_what_the_hub_speaks_by_fails_like_any_storage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = pytest.importorskip(name)
+    monkeypatch.setattr(storage, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.01)
+
+    def request() -> None:
+        raise spoken.ConnectError("Name or service not known")
+
+    with pytest.raises(storage.StorageError, match="hf://x: storage kept failing, 6 tries .Name or service"):
+        storage._persist("hf://x", request)
