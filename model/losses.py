@@ -126,7 +126,12 @@ def hbi_loss(
             losses = published_loss(pool, settings, questions=videos is not None)
             share = len(local.text["entity"].mask) / batch
             return {name: value * share for name, value in losses.items()}
-        similarities = cross_similarities(local, pool, settings, videos, first)
+        of_texts = text_similarities(local.text, pool.video, settings, videos)
+        ours = None if videos is None else videos[first : first + len(local.text["entity"].mask)]
+        of_videos = {} if local is pool else text_similarities(pool.text, local.video, settings, ours)
+        similarities: Similarities = {
+            level: (found, of_videos[level].T if of_videos else None) for level, found in of_texts.items()
+        }
         return loss_of_similarities(local, similarities, first, settings, batch, videos)
 
 
@@ -138,27 +143,23 @@ def with_teacher(encoded: Encoded, taught: Encoded) -> Encoded:
     )
 
 
-def compared_levels(encoded: Encoded, settings: LossSettings) -> list[str]:
+def compared_levels(text: dict[str, Tokens], settings: LossSettings) -> list[str]:
     """The levels that are learned, and the teacher's where there is one."""
-    return [*settings.learned, *([TEACHER] if TEACHER in encoded.text else [])]
+    return [*settings.learned, *([TEACHER] if TEACHER in text else [])]
 
 
-def cross_similarities(
-    local: Encoded,
-    pool: Encoded,
+def text_similarities(
+    text: dict[str, Tokens],
+    video: dict[str, Tokens],
     settings: LossSettings,
-    videos: Int[Tensor, "candidates"] | None = None,
-    first: int = 0,
-) -> Similarities:
-    """Every row of `local` with every row of `pool`, at `compared_levels`; videos, first: of `hbi_loss`."""
-    found: Similarities = {}
-    ours = None if videos is None else videos[first : first + len(local.text["entity"].mask)]
-    for level in compared_levels(local, settings):
-        text, video = local.text[level], local.video[level]
-        chunk = settings.chunk or fitting_chunk(text.mask.shape[1], video.mask.shape[1])
-        of_texts = _each_once(text, pool.video[level], videos, chunk)
-        of_videos = None if local is pool else _each_once(pool.text[level], video, ours, chunk).T
-        found[level] = of_texts, of_videos
+    numbers: Int[Tensor, "videos"] | None = None,
+) -> dict[str, Float[Tensor, "texts videos"]]:
+    """Every text with every video, at `compared_levels`; numbers: `videos` of `hbi_loss`."""
+    found = {}
+    for level in compared_levels(text, settings):
+        words, frames = text[level], video[level]
+        chunk = settings.chunk or fitting_chunk(words.mask.shape[1], frames.mask.shape[1])
+        found[level] = _each_once(words, frames, numbers, chunk)
     return found
 
 

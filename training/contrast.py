@@ -1,6 +1,6 @@
 """The only place where ranks meet the loss: every rank contrasts its clips with those of all ranks.
 
-Tokens are gathered, or go round, with gradients (`hbi.training.exchange`). Each rank computes its own part of the
+Frames are gathered, or go round, with gradients (`hbi.training.exchange`). Each rank computes its own part of the
 loss, so no rank holds the whole pairwise tensor, and the parts sum to the loss of the global batch. In the backward
 pass each rank's tokens collect what all the parts say about them. DDP and FSDP average gradients over ranks, so each
 part counts `world_size` times: what the optimiser sees is exactly the gradient of one process that holds the global
@@ -20,7 +20,15 @@ from torch import Tensor
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
 from hbi.model.losses import hbi_loss, loss_of_similarities
-from hbi.training.exchange import assemble, gather, gather_rows, parts_of, ring_similarities, wire_type
+from hbi.training.exchange import (
+    Sizes,
+    assemble,
+    gather,
+    gather_rows,
+    parts_of,
+    similarities_over_ranks,
+    wire_type,
+)
 from hbi.training.settings import GATHERED, ExchangeSettings
 
 MicroBatch = TypeVar("MicroBatch")
@@ -37,38 +45,39 @@ def contrast(
     group: dist.ProcessGroup | None = None,
     exchange: ExchangeSettings = GATHERED,
     videos: Int[Tensor, "batch"] | None = None,
+    asked: Sizes | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """This rank's part of each loss, scaled so that the mean over ranks is the loss of the global batch.
 
     A global batch without a single clip has loss 0. videos: which of the rank's videos each pair has, where several
-    have one, next to each other: these are not told from each other.
+    have one, next to each other: these are not told from each other. asked: how many clips each rank has; none: it is
+    asked here, and waited for.
     """
-    world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    numbers = None if videos is None else global_numbers(videos, group)
-    if world_size > 1 and exchange.form == "ring":
-        with torch.autocast(local.logit_scale.device.type, enabled=False):
-            similarities, first, clips = ring_similarities(local, settings, group, wire_type(exchange))
-            losses = (
-                loss_of_similarities(local, similarities, first, settings, clips, numbers) if clips else {}
-            )
-    else:
-        pool, first = gather(local, group, wire_type(exchange)) if world_size > 1 else (local, 0)
-        clips = len(parts_of(pool)[0])
-        losses = hbi_loss(local, pool, first, settings, clips, numbers) if clips else {}
-    if not losses:
+    ours = len(parts_of(local)[0])
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return hbi_loss(local, local, 0, settings, ours, videos) if ours else {"loss": local.logit_scale * 0}
+    sizes = (asked or Sizes(ours, local.logit_scale.device, group)).read()
+    first, clips = sum(sizes[: dist.get_rank(group)]), sum(sizes)
+    if not clips:
         return {"loss": local.logit_scale * 0}
-    return {name: part * world_size for name, part in losses.items()}
+    numbers = None if videos is None else global_numbers(videos, sizes, group)
+    if settings.objective == "published":
+        pool = gather(local, sizes, group, wire_type(exchange))
+        losses = hbi_loss(local, pool, first, settings, clips, numbers)
+    else:
+        with torch.autocast(local.logit_scale.device.type, enabled=False):
+            similarities = similarities_over_ranks(local, sizes, settings, group, exchange, numbers)
+            losses = loss_of_similarities(local, similarities, first, settings, clips, numbers)
+    return {name: part * len(sizes) for name, part in losses.items()}
 
 
 def global_numbers(
-    videos: Int[Tensor, "batch"], group: dist.ProcessGroup | None = None
+    videos: Int[Tensor, "batch"], sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Int[Tensor, "global"]:
     """A number for the video of each pair of the global batch, from the ranks' own numbers."""
-    if not dist.is_initialized():
-        return videos
     ours = torch.stack([torch.full_like(videos, dist.get_rank(group)), videos], 1).float()
-    everyone, _ = gather_rows(ours, group)
-    return everyone.unique_consecutive(dim=0, return_inverse=True)[1] if len(everyone) else videos
+    everyone, _ = gather_rows(ours, group, sizes=sizes)
+    return everyone.unique_consecutive(dim=0, return_inverse=True)[1]
 
 
 def detach_tokens(encoded: Encoded) -> tuple[Encoded, list[Tensor]]:
@@ -100,24 +109,28 @@ def tensors_of(encoded: Encoded) -> list[Tensor]:
     return [*sides, *encoded.predicted.values(), *_scalars(encoded)]
 
 
-def backward(
+def backward(  # noqa: PLR0913 (what is computed, and how ranks meet)
     encode: Callable[[MicroBatch], Encoded],
     micro_batches: Sequence[MicroBatch],
     settings: LossSettings,
     averaging: Callable[[bool], AbstractContextManager[None]] = lambda on: nullcontext(),
     group: dist.ProcessGroup | None = None,
     exchange: ExchangeSettings = GATHERED,
+    asked: Sizes | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The losses of the global batch, and its gradient added to that of the weights behind `encode`.
 
     The rank's part of the batch comes in micro-batches. With one, the encoders keep their graph while the loss is
     computed on their tokens. With more, tokens are made without a graph first, and each is encoded once more when the
     loss's gradient at its tokens is known (GradCache, Gao et al. 2021): the same loss, the same gradient.
-    averaging(on): a context in which backward passes average gradients over the ranks, or do not.
+    averaging(on): a context in which backward passes average gradients over the ranks, or do not. asked: how many clips
+    each rank has; none: it is asked when the encoders have run.
     """
     with torch.set_grad_enabled(len(micro_batches) == 1):
         encoded = [encode(micro_batch) for micro_batch in micro_batches]
-    losses, gradients = token_gradients(encoded, lambda tokens: contrast(tokens, settings, group, exchange))
+    losses, gradients = token_gradients(
+        encoded, lambda tokens: contrast(tokens, settings, group, exchange, asked=asked)
+    )
     for number, (micro_batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True), 1):
         with averaging(number == len(micro_batches)):  # ranks average once
             backward_into(encoded[0] if len(micro_batches) == 1 else encode(micro_batch), gradient)

@@ -1,9 +1,10 @@
-"""What ranks tell each other of their clips: the tokens of all gathered on every rank, or passed on in a ring.
+"""What ranks tell each other of their clips: the frames of all gathered on every rank, or passed on in a ring.
 
-Gathered, a rank holds the tokens of the global batch. In the ring each rank's tokens go from rank to rank, each of
-which compares its own with them; none ever holds more than its own and one other's (as Inf-CL does for single vectors,
-Cheng et al. 2024). The similarities that it keeps are 4 bytes a pair. The backward pass goes round once more, and takes
-along what every rank says about the tokens that pass.
+Each rank compares its texts with the videos of all, and tells every other rank what came of that rank's videos: words
+do not travel, and no pair is compared twice. Gathered, a rank holds the frames of the global batch. In the ring they go
+from rank to rank, and none ever holds more than its own and one other's (as Inf-CL does for single vectors, Cheng et
+al. 2024); the backward pass goes round once more, and takes along what every rank says about the frames that pass. The
+similarities that a rank keeps are 4 bytes a pair.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hbi.model.config import LossSettings
 from hbi.model.hbi import Encoded
-from hbi.model.losses import Similarities, compared_levels, cross_similarities
+from hbi.model.losses import Similarities, compared_levels, text_similarities
 from hbi.model.tokens import Tokens
 from hbi.training.settings import ExchangeSettings
 
@@ -61,20 +62,35 @@ def padded(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
 
 
-def row_counts(rows: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """How many rows each rank has; one synchronisation with the host."""
-    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=rows.device)
-    dist.all_gather_single(counts, torch.tensor([len(rows)], device=rows.device), group=group)
-    return counts.tolist()
+class Sizes:
+    """How many clips each rank has in this step. Ranks tell each other on the host, while their encoders run: no step
+    waits for its device to learn it."""
+
+    def __init__(self, clips: int, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        """Asks; `read` has the answer. Where ranks can only talk through their devices, it is asked there."""
+        where = "cpu" if "cpu" in dist.get_backend_config(group) else device
+        self.counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=where)
+        ours = torch.tensor([clips], device=where)
+        self.asked = dist.all_gather_single(self.counts, ours, group=group, async_op=True)
+
+    def read(self) -> list[int]:
+        """Clips of each rank."""
+        self.asked.wait()
+        return self.counts.tolist()
 
 
 def gather_rows(
     rows: Float[Tensor, "batch width"],
     group: dist.ProcessGroup | None = None,
     wire: torch.dtype = torch.float32,
+    sizes: list[int] | None = None,
 ) -> tuple[Float[Tensor, "global width"], int]:
-    """The rows of all ranks, with gradients, and where ours begin. Ranks may hold different numbers of rows."""
-    sizes = row_counts(rows, group)
+    """The rows of all ranks, with gradients, and where ours begin. Ranks may hold different numbers of rows.
+
+    sizes: of each rank; none: they are asked, and waited for.
+    """
+    if sizes is None:
+        sizes = Sizes(len(rows), rows.device, group).read()
     if max(sizes) == 0:
         return rows, 0
     gathered = _Gather.apply(rows, sizes, group, wire)
@@ -82,13 +98,10 @@ def gather_rows(
     return gathered, sum(sizes[: dist.get_rank(group)])
 
 
-def gather(
-    local: Encoded, group: dist.ProcessGroup | None = None, wire: torch.dtype = torch.float32
-) -> tuple[Encoded, int]:
-    """The tokens and predictions of the global batch, and where the local rows begin: one collective for all."""
+def gather(local: Encoded, sizes: list[int], group: dist.ProcessGroup | None, wire: torch.dtype) -> Encoded:
+    """The tokens and predictions of the global batch: one collective for all."""
     local = local._replace(players={})  # what each pair plays with concerns no other pair
-    rows, first = gather_rows(packed(local), group, wire)
-    return unpacked(rows, local), first
+    return unpacked(gather_rows(packed(local), group, wire, sizes)[0], local)
 
 
 def parts_of(encoded: Encoded) -> list[Tensor]:
@@ -131,17 +144,18 @@ def unpacked(rows: Float[Tensor, "batch width"], like: Encoded) -> Encoded:
 class _Ring:
     """Who passes what to whom."""
 
-    like: Encoded
-    """The tokens of this rank, for their shapes."""
+    texts: Encoded
+    """Of this rank, for their shapes."""
+    videos: Encoded
     sizes: list[int]
     """Clips of each rank."""
     settings: LossSettings
     group: dist.ProcessGroup | None
     wire: torch.dtype
-    """In which tokens travel; what is said about them travels, and is summed, in float32."""
+    """In which frames travel; what is said about them travels, and is summed, in float32."""
 
     def blocks(self, ours: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Every rank's rows, ours first, and which columns of the similarities are theirs."""
+        """Every rank's videos, ours first, and which columns of the similarities are theirs."""
         rank, world_size = dist.get_rank(self.group), len(self.sizes)
         block = padded(ours, max(self.sizes)).to(self.wire)
         for hop in range(world_size):
@@ -167,62 +181,88 @@ class _Ring:
             work.wait()
         return received
 
-    def compare(self, ours: Tensor, theirs: Tensor) -> list[Tensor]:
-        """Our texts with their videos, and our videos with their texts, at each level."""
-        local, pool = unpacked(ours, self.like), unpacked(theirs, self.like)
-        found = cross_similarities(local, pool, self.settings)
-        return [
-            side
-            for of_texts, of_videos in found.values()
-            for side in (of_texts, of_videos)
-            if side is not None
-        ]
+    def compare(self, texts: Tensor, videos: Tensor) -> Float[Tensor, "levels texts videos"]:
+        """Our texts with their videos, at each level."""
+        text, video = unpacked(texts, self.texts).text, unpacked(videos, self.videos).video
+        return torch.stack([*text_similarities(text, video, self.settings).values()])
 
 
 class _RingSimilarities(torch.autograd.Function):
-    """`_Ring.compare` with the rows of all ranks: [our clips, all clips] each."""
+    """`_Ring.compare` with the videos of all ranks: [levels, our texts, all videos]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ring: _Ring) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, texts: Tensor, videos: Tensor, ring: _Ring) -> Tensor:
+        ctx.save_for_backward(texts, videos)
         ctx.ring = ring
-        found: list[Tensor] = []
-        for columns, block in ring.blocks(rows):
-            parts = ring.compare(rows, block)
-            found = found or [part.new_empty(len(rows), sum(ring.sizes)) for part in parts]
-            for whole, part in zip(found, parts, strict=True):
-                whole[:, columns] = part
-        return tuple(found)
+        levels = compared_levels(ring.texts.text, ring.settings)
+        found = texts.new_empty(len(levels), len(texts), sum(ring.sizes))
+        for columns, block in ring.blocks(videos):
+            found[:, :, columns] = ring.compare(texts, block)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (rows,), ring = ctx.saved_tensors, ctx.ring
-        total = torch.zeros_like(rows)
-        said = rows.new_zeros(max(ring.sizes), rows.shape[1])
-        for columns, block in ring.blocks(rows):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (texts, videos), ring = ctx.saved_tensors, ctx.ring
+        total = torch.zeros_like(texts)
+        said = videos.new_zeros(max(ring.sizes), videos.shape[1])
+        for columns, block in ring.blocks(videos):
             with torch.enable_grad():
-                ours, theirs = rows.detach().requires_grad_(), block.detach().requires_grad_()
-                parts = ring.compare(ours, theirs)
-            to_ours, to_theirs = torch.autograd.grad(
-                parts, (ours, theirs), [gradient[:, columns] for gradient in gradients]
-            )
+                ours, theirs = texts.detach().requires_grad_(), block.detach().requires_grad_()
+                found = ring.compare(ours, theirs)
+            to_ours, to_theirs = torch.autograd.grad(found, (ours, theirs), gradients[0][:, :, columns])
             total += to_ours
             said[: len(block)] += to_theirs
             said = ring.pass_on(said)  # in the end it is with whom it is about
-        return total + said[: len(rows)], None
+        return total, said[: len(videos)], None
 
 
-def ring_similarities(
-    local: Encoded, settings: LossSettings, group: dist.ProcessGroup | None, wire: torch.dtype
-) -> tuple[Similarities, int, int]:
-    """The similarities of our clips with those of all ranks, where ours begin, and how many there are in all."""
-    local = local._replace(predicted={}, estimated={}, players={})
-    rows = packed(local)
-    sizes = row_counts(rows, group)
-    ring = _Ring(local, sizes, settings, group, wire)
-    found: Any = _RingSimilarities.apply(rows, ring)
-    pairs = zip(compared_levels(local, settings), zip(found[::2], found[1::2], strict=True), strict=True)
-    return dict(pairs), sum(sizes[: dist.get_rank(group)]), sum(sizes)
+class _Turn(torch.autograd.Function):
+    """What all texts have with our videos, [levels, all texts, our videos], from what our texts have with all videos,
+    [levels, our texts, all videos]: each rank gives every other its block. Backward: the same the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, of_texts: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _turned(of_texts, sizes, group, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(gradients[0], ctx.sizes, ctx.group, 1), None, None
+
+
+def _turned(whole: Tensor, sizes: list[int], group: dist.ProcessGroup | None, of: int) -> Tensor:
+    """Cut along dimension `of` into a block for each rank; what comes is joined along the other (1 or 2)."""
+    ours = sizes[dist.get_rank(group)]
+    lengths = [len(whole) * ours * size for size in sizes]
+    sent = torch.cat([block.flatten() for block in whole.split(sizes, of)])
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, lengths, lengths, group=group)
+    shapes = [(len(whole), size, ours) if of == 2 else (len(whole), ours, size) for size in sizes]
+    blocks = zip(received.split(lengths), shapes, strict=True)
+    return torch.cat([block.view(shape) for block, shape in blocks], 3 - of)
+
+
+def similarities_over_ranks(
+    local: Encoded,
+    sizes: list[int],
+    settings: LossSettings,
+    group: dist.ProcessGroup | None,
+    exchange: ExchangeSettings,
+    numbers: Int[Tensor, "global"] | None = None,
+) -> Similarities:
+    """The similarities of our clips with those of all ranks, each of which has so many; numbers: `videos` of
+    `hbi_loss`."""
+    texts = local._replace(video={}, predicted={}, estimated={}, players={})
+    videos = local._replace(text={}, predicted={}, estimated={}, players={})
+    if exchange.form == "ring":
+        ring = _Ring(texts, videos, sizes, settings, group, wire_type(exchange))
+        found: Any = _RingSimilarities.apply(packed(texts), packed(videos), ring)
+    else:
+        pool = gather(videos, sizes, group, wire_type(exchange)).video
+        found = torch.stack([*text_similarities(local.text, pool, settings, numbers).values()])
+    turned: Any = _Turn.apply(found, sizes, group)
+    levels = compared_levels(local.text, settings)
+    return dict(zip(levels, zip(found, turned.transpose(1, 2), strict=True), strict=True))
 
 
 def wire_type(settings: ExchangeSettings) -> torch.dtype:

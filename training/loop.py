@@ -31,6 +31,7 @@ from hbi.training.contrast import backward
 from hbi.training.data.batch import Batch
 from hbi.training.data.loader import Loader
 from hbi.training.data.shards import index_digest
+from hbi.training.exchange import Sizes
 from hbi.training.init import init_model
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.parallel import average_scalars, averaging, clip_gradients, parallelize
@@ -197,12 +198,14 @@ class Training:
                 self.finite.append(finite_clips(encoded))
             return encoded
 
+        ranked = self.process.world_size > 1
         return backward(
             encode,
             self._taught(self._micro_batches(batch)),
             self.config.loss,
             lambda on: averaging(self.wrapped, on),
             exchange=self.config.compute.exchange,
+            asked=Sizes(len(batch.video), self.process.device) if ranked else None,
         )
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:

@@ -176,7 +176,7 @@ def _run_on_ray(job: Job) -> Any:
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(workers.at_least, workers.count) if workers.at_least else workers.count,
             use_gpu=bool(workers.gpus),

@@ -124,6 +124,37 @@ def test_a_fixed_number_of_nodes() -> None:
     assert (exact_interaction(*game, nodes=128) - enumerated_interaction(*game)).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize(("words", "frames"), [(1, 1), (7, 3), (24, 12), (32, 6), (64, 64), (128, 16)])
+@pytest.mark.parametrize("weights", ["even", "spread", "peaked", "steps"])
+@pytest.mark.parametrize("nodes", [None, 128])
+def test_float32_stays_within_its_bound_of_float64(
+    words: int, frames: int, weights: str, nodes: int | None
+) -> None:
+    """Whatever the size, the weights and the padding: one player with almost all of it, or each e times the next."""
+    generator = seeded(words + frames)
+    game = draw(generator, 6, words, frames, {"even": 0.01, "spread": 3.0}.get(weights, 0.5))
+    for logits in game[1:]:
+        if weights == "peaked":
+            logits[:, 0] += 20
+        if weights == "steps":
+            logits += torch.linspace(0, 20, logits.shape[1], dtype=torch.float64)
+    masks = torch.rand(6, words, generator=generator) < 0.8, torch.rand(6, frames, generator=generator) < 0.8
+    masks[0][:2], masks[1][:2] = True, True
+    singles = tuple(part.float() for part in game)
+    truth = exact_interaction(*(part.double() for part in singles), *masks, nodes=400)
+    found = exact_interaction(*singles, *masks, nodes=nodes)
+    assert found.dtype == torch.float32
+    assert (found - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("gap", [60.0, 1e6])
+def test_weights_too_far_apart_for_float32_are_computed_in_float64(gap: float) -> None:
+    similarity, a, b = (part.float() for part in draw(seeded(4), 4, 3, 3))
+    a = a + torch.tensor([0.0, gap, -gap])
+    truth = enumerated_interaction(similarity, a, b)
+    assert (exact_interaction(similarity, a, b) - truth).abs().max() < 1e-6
+
+
 def test_large_games() -> None:
     """128 by 128: finite, and the sum over a row is what a sampler says it is."""
     game = draw(seeded(6), 1, 128, 128)
