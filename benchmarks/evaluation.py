@@ -45,13 +45,15 @@ class Bench:
             theirs, expected = seconds(
                 lambda text=text, video=video: weighted_similarity(text, video, self.chunk)
             )
+            products, _ = seconds(lambda text=text, video=video: bare_products(text, video))
             error = float((found - expected).abs().max())
             results[f"{texts} x {videos}"] = {
                 "seconds": round(ours, 3), "chunked_seconds": round(theirs, 3),
-                "times_faster": round(theirs / ours, 2), "largest_error": error,
+                "products_seconds": round(products, 3), "times_faster": round(theirs / ours, 2), "largest_error": error,
             }  # fmt: skip
             print(
                 f"{texts} x {videos}: {ours:.2f} s beside {theirs:.2f} s, {theirs / ours:.2f} times faster, "
+                f"{products:.2f} s of it for the bare products, "
                 f"largest error {error:.1e}",
                 flush=True,
             )
@@ -64,6 +66,14 @@ def side(count: int, n: int, shortest: int, dim: int) -> Tokens:
     lengths = torch.randint(shortest, n + 1, (count, 1), generator=generator)
     tokens = torch.randn(count, n, dim, generator=generator)
     return Tokens(tokens, torch.randn(count, n, generator=generator), torch.arange(n) < lengths)
+
+
+def bare_products(text: Tokens, video: Tokens) -> Tensor:
+    """Every present word with every frame, in one order and nothing else: what no float32 way can be faster than."""
+    words, frames = text.tokens[text.mask], video.tokens.flatten(0, 1).T.contiguous()
+    for block in words.split(1024):
+        found = block @ frames
+    return found
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""Peak memory of a rank's loss and its gradient, by the number of ranks: tokens gathered beside tokens in a ring.
+"""Memory and time of a rank's loss and its gradient, by the number of ranks: frames gathered beside frames in a ring.
 
 python -m benchmarks.exchange
 
-Ranks are processes over gloo on this machine; memory is what the first of them holds beyond what it started with. What
-a step takes in time is not told: the ranks share this machine's cores.
+Ranks are processes over gloo on this machine; memory is what the first of them holds at most beyond what it started
+with, time the CPU seconds of it, since the ranks share this machine's cores.
 """
 
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,13 @@ class Bench:
             for form in ("gather", "ring"):
                 with tempfile.TemporaryDirectory() as folder:
                     mp.spawn(rank, (folder, world_size, form, self), nprocs=world_size)
-                    peak, loss = map(float, (Path(folder) / "found").read_text().split())
-                results[f"{form}, {world_size} ranks"] = {"peak_mib": round(peak, 1), "loss": loss}
-                print(f"{world_size} ranks, {form:6}  {peak:8.1f} MiB  loss {loss:.6f}", flush=True)
+                    peak, took, loss = map(float, (Path(folder) / "found").read_text().split())
+                found = {"peak_mib": round(peak, 1), "cpu_seconds": round(took, 3), "loss": loss}
+                results[f"{form}, {world_size} ranks"] = found
+                print(
+                    f"{world_size} ranks, {form:6}  {peak:8.1f} MiB  {took:6.2f} s  loss {loss:.6f}",
+                    flush=True,
+                )
         report("exchange", results, clips=self.clips, dim=self.dim, chunk=self.chunk)
 
 
@@ -60,12 +65,13 @@ def rank(number: int, folder: str, world_size: int, form: str, bench: Bench) -> 
     exchange = ExchangeSettings(form)  # type: ignore[arg-type]
     step(noise(2, bench.dim, number), settings, exchange)  # what is loaded at first use is no part of it
     encoded = noise(bench.clips, bench.dim, number)
-    before = _forget_peak()
+    before, start = _forget_peak(), time.process_time()
     loss = step(encoded, settings, exchange)
+    took = time.process_time() - start
     dist.all_reduce(loss)
     if number == 0:
         peak = (_resident("VmHWM") - before) / MEBIBYTE
-        (Path(folder) / "found").write_text(f"{peak} {loss.item() / world_size}")
+        (Path(folder) / "found").write_text(f"{peak} {took} {loss.item() / world_size}")
     dist.destroy_process_group()
 
 

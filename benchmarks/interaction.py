@@ -1,4 +1,5 @@
-"""The interaction three ways, side by side: exact, sampled with 100 and with 1,000 draws; and the learned predictor.
+"""The interaction side by side: exact in float32 and in float64, sampled with 100 and with 1,000 draws; and the learned
+predictor.
 
 python -m benchmarks.interaction
 """
@@ -37,8 +38,9 @@ def prepare(device: str, method: str, batch: int, words: int, frames: int) -> Ca
     chunk = max(2**23 // (batch * max(words, frames) ** 2), 1)
 
     def run() -> dict[str, float]:
-        if method == "exact":
-            result = exact_interaction(similarity, a, b)
+        if method.startswith("exact"):
+            kind = torch.float64 if method == "exact_float64" else torch.float32
+            result = exact_interaction(similarity.to(kind), a.to(kind), b.to(kind))
         else:
             samples = int(method.removeprefix("sampled_"))
             result = sampled_interaction(similarity, a, b, samples=samples, generator=generator, chunk=chunk)
@@ -105,12 +107,12 @@ def main(
     for words, frames in sizes:
         for batch in batches:
             rows: dict[str, Any] = {}
-            for method in ("exact", *(f"sampled_{count}" for count in draws)):
+            for method in ("exact", "exact_float64", *(f"sampled_{count}" for count in draws)):
                 # A sampler takes its time: twice is enough.
                 measured = measure(
                     prepare,
                     device=device,
-                    repeats=repeats if method == "exact" else 1,
+                    repeats=repeats if method.startswith("exact") else 1,
                     method=method,
                     batch=batch,
                     words=words,
@@ -120,6 +122,9 @@ def main(
                 error = f"largest error {measured.result['largest_error']:.1e}" if measured.result else ""
                 print(f"{words:3} x {frames:3}  batch {batch:4}  {method:13} {measured}  {error}", flush=True)
             exact, sampled = rows["exact"], rows[f"sampled_{draws[-1]}"]
+            if exact["seconds"] and rows["exact_float64"]["seconds"]:
+                rows["float32_times_faster"] = round(rows["exact_float64"]["seconds"] / exact["seconds"], 2)
+                print(f"           float32 beats float64 {rows['float32_times_faster']} times in time")
             if exact["seconds"] and sampled["seconds"]:
                 rows["times_faster"] = round(sampled["seconds"] / exact["seconds"], 1)
                 rows["times_closer"] = round(sampled["largest_error"] / exact["largest_error"])

@@ -82,14 +82,14 @@ class ExchangeSettings:
     """How ranks learn of each other's clips."""
 
     form: Literal["gather", "ring"] = "gather"
-    """Every rank holds the tokens of the global batch, or they go from rank to rank: then a rank's memory does not grow
+    """Every rank holds the frames of the global batch, or they go from rank to rank: then a rank's memory does not grow
     with their number, and each step sends twice as often."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which tokens travel. The halves cost three digits of a cosine; whatever is summed is summed in float32."""
+    """In which frames travel. The halves cost three digits of a cosine; whatever is summed is summed in float32."""
 
 
 GATHERED = ExchangeSettings()
-"""All tokens on every rank, in float32."""
+"""All frames on every rank, in float32."""
 
 
 @dataclass(frozen=True)
