@@ -31,14 +31,9 @@ PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.3, 10.0
 RANGE_BYTES = 8 * 2**20
 """Objects are read in requests of this size, each tried again by itself."""
 PACKAGES = {
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "hf": "huggingface_hub",
-    "http": "aiohttp",
+    "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "http": "aiohttp",
     "https": "aiohttp",
-}
+}  # fmt: skip
 """Schemes that are read, with the package that fsspec reads them by."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -171,17 +166,22 @@ def parent(path: str) -> str:
     return os.path.dirname(absolute(path))  # noqa: PTH120
 
 
+def remote_info(path: str) -> dict[str, Any]:
+    """What storage says of an object now: `size`, and in s3:// `ETag`; FileNotFoundError if there is none."""
+    fresh = {"refresh": True} if path[:5].lower() == "s3://" else {}
+    info = _persist(path, lambda: filesystem(path).info(_key(path), **fresh))
+    if info["type"] != "file":
+        raise FileNotFoundError(f"{path}: is a folder, not an object")
+    return info
+
+
 def size(path: str) -> int:
     """Bytes of a file; FileNotFoundError if there is none."""
     if is_remote(path):
-        remote = filesystem(path)
-        fresh = {"refresh": True} if path[:5].lower() == "s3://" else {}
-        info = _persist(path, lambda: remote.info(_key(path), **fresh))
-        if info["type"] != "file":
-            raise FileNotFoundError(f"{path}: is a folder, not an object")
-        if info["size"] is None:  # a web server that does not say
-            return len(_persist(path, lambda: remote.cat_file(_key(path))))
-        return int(info["size"])
+        size = remote_info(path)["size"]
+        if size is None:  # a web server that does not say
+            return len(_persist(path, lambda: filesystem(path).cat_file(_key(path))))
+        return int(size)
     return Path(_local(path)).stat().st_size
 
 

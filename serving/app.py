@@ -4,7 +4,6 @@
 finish what it sends, costs a socket and no replica. Every refusal is one line, `{"detail": …}`.
 """
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +22,7 @@ from starlette.exceptions import HTTPException
 from hbi.infra import storage
 from hbi.serving.auth import COOKIE, Bodies, Guard, Heads, same, session_of
 from hbi.serving.deploy import logs
-from hbi.serving.engine import FRESH_SECONDS, Span
+from hbi.serving.engine import Span
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.media import keep_upload, kind_of_static, look_at, play
 from hbi.serving.operations import (
@@ -134,11 +133,7 @@ def _videos(api: FastAPI, front: Front) -> None:
             place = await anyio.to_thread.run_sync(keep_upload, path, name, front.table.uploads)
         finally:
             Path(path).unlink(missing_ok=True)
-        try:
-            return await front.add(new, place, name)
-        except BaseException:
-            await asyncio.shield(anyio.to_thread.run_sync(storage.delete, place))
-            raise
+        return await front.add(new, place, name, mine=True)
 
     @api.delete("/videos/{id:path}")
     async def remove(id: str) -> Any:
@@ -164,7 +159,7 @@ def _videos(api: FastAPI, front: Front) -> None:
     async def frame(id: str, number: int) -> Any:
         """A small picture of one of the frames that the index holds, counted from 0."""
         clip = await front.clip(id)
-        pictures = await anyio.to_thread.run_sync(front.table.snapshot(FRESH_SECONDS).thumbnails, clip.id)
+        pictures = await front.reading(lambda snapshot: snapshot.thumbnails(clip.id))
         if not 0 <= number < len(pictures):
             raise Refused(404, f"no picture {number} of video {id!r}")
         return Response(

@@ -124,7 +124,7 @@ class Writer:
                         409, f"id {str(used)!r} is in use: choose another, or ask to replace it"
                     ) from None
         self._look_after()
-        return {"videos": await asyncio.to_thread(lambda: self.table.snapshot().rows)}
+        return {"videos": await self._rows()}
 
     @answered
     async def remove(self, id: str) -> dict[str, Any]:
@@ -136,7 +136,14 @@ class Writer:
             except KeyError:
                 raise unknown(id) from None
         self._look_after()
-        return {"source": clip.source, "videos": await asyncio.to_thread(lambda: self.table.snapshot().rows)}
+        return {"source": clip.source, "videos": await self._rows()}
+
+    async def _rows(self) -> int | None:
+        """How many clips there are; None where the storage fails now that the write is done."""
+        try:
+            return (await asyncio.to_thread(self.table.snapshot)).rows
+        except IndexUnavailable:
+            return None
 
     def _look_after(self) -> None:
         self.writes += 1
@@ -206,7 +213,9 @@ def deployments(model: str, tracking: str, index: str, settings: ServeSettings) 
             "autoscaling_config": {
                 "min_replicas": settings.replicas,
                 "max_replicas": settings.most_replicas,
-                "target_ongoing_requests": max(1, settings.ongoing // 4),
+                "target_ongoing_requests": settings.replica_load,
+                "upscale_delay_s": settings.grow_seconds,
+                "downscale_delay_s": settings.shrink_seconds,
             }
         }
     replica = (

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anyio
 from fastapi import Request
@@ -201,7 +200,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | tuple[()] | None:
 def _facts(place: str) -> tuple[int, str]:
     """Bytes and ETag."""
     if storage.is_remote(place):
-        info: dict[str, Any] = storage.filesystem(place).info(place.removeprefix("s3://"), refresh=True)
+        info = storage.remote_info(place)
         known = f"{info.get('ETag')} {info['size']} {info.get('LastModified')}"
         return int(info["size"]), _tag(known)
     about = Path(place).stat()

@@ -1,10 +1,14 @@
 """What the endpoints do: what they are asked for, and how front, replicas, writer and files work together on it."""
 
+import asyncio
 import json
+import sys
 import tempfile
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import Request
@@ -16,7 +20,8 @@ from starlette.formparsers import MultiPartException
 from hbi.infra import storage
 from hbi.serving.deploy import Backend
 from hbi.serving.engine import FRESH_SECONDS, NewClip, Page, Span, unknown
-from hbi.serving.index.rows import Clip
+from hbi.serving.index.rows import Clip, IndexUnavailable
+from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import MediaRoots
 from hbi.serving.model import NO_HEAD
@@ -33,8 +38,11 @@ CAPTIONS_LOOKED_AT = 200
 """of so many captions of the index,"""
 SHORT_CAPTION = 60
 """of at most so many characters where there are such."""
+READ_SECONDS = 15.0
+"""How long the index may take to say what it knows of a clip."""
 PATIENCE = 3.0
 """Adding a video may take so many times as long as a search."""
+Found = TypeVar("Found")
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -123,11 +131,23 @@ class Front:
         )
         return Page(asked.k, asked.offset, filters, getattr(asked, "rerank", False))
 
+    async def reading(self, question: Callable[[Snapshot], Found], seconds: float = FRESH_SECONDS) -> Found:
+        """What a version of the index that is at most so old answers; IndexUnavailable where that takes too long."""
+        try:
+            with anyio.fail_after(READ_SECONDS):
+                return await anyio.to_thread.run_sync(
+                    lambda: question(self.table.snapshot(seconds)), abandon_on_cancel=True
+                )
+        except TimeoutError:
+            raise IndexUnavailable(
+                f"{self.table.folder}: the index does not answer within {READ_SECONDS:g} s"
+            ) from None
+
     async def clip(self, id: str) -> Clip:
         """A clip of the index; 404 for an id that it does not hold."""
         try:
             require_text("id", id, LONGEST_ID)
-            return await anyio.to_thread.run_sync(lambda: self.table.snapshot(FRESH_SECONDS).clip(id))
+            return await self.reading(lambda snapshot: snapshot.clip(id))
         except (KeyError, Refused):
             raise unknown(id) from None
 
@@ -162,8 +182,27 @@ class Front:
         written = await self.backend.ask("replica", "caption", span, patience=PATIENCE)
         return Plain({"id": asked.id, "caption": written})
 
-    async def add(self, new: NewVideo, place: str, name: str) -> Response:
-        """Adds a clip of the video at `place`, named `name` in answers."""
+    async def add(self, new: NewVideo, place: str, name: str, mine: bool = False) -> Response:
+        """Adds a clip of the video at `place`, named `name` in answers. mine: the file came with the request, and goes
+        where the clip is not added; it stays where that is not known."""
+        asked = False
+        try:
+            id, replaced, rows = await self._rows(new, place, name)
+            asked = True
+            answer = await self.backend.ask("writer", "add", rows, new.replace)
+        except BaseException as error:
+            refused = isinstance(error, Refused) and error.status < 500
+            if mine and (refused or not asked):
+                await asyncio.shield(anyio.to_thread.run_sync(storage.delete, place))
+            raise
+        # It is added: whatever fails now is no reason to say otherwise.
+        if replaced is not None:
+            await self._forget(replaced.source)
+        await self._look_again()
+        return Plain({"id": id, "videos": answer["videos"]}, 201)
+
+    async def _rows(self, new: NewVideo, place: str, name: str) -> tuple[str, Clip | None, bytes]:
+        """The id of a new clip, the clip that has it now, and its rows."""
         id = require_text("id", Path(name).stem if new.id is None else new.id, LONGEST_ID)
         for caption in new.captions[:1000]:
             require_text("captions", caption, 10_000)
@@ -174,13 +213,7 @@ class Front:
             raise Refused(409, f"id {id!r} is in use: choose another, or ask to replace it")
         part = f"request:{uuid.uuid4().hex}"
         clip = NewClip(Span(place, new.start, new.end), name, id, part, tuple(new.captions[:1000]))
-        rows = await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
-        answer = await self.backend.ask("writer", "add", rows, new.replace)
-        if replaced is not None:
-            await self._forget(replaced.source)
-        # Seen here at once; other fronts look within a second.
-        await anyio.to_thread.run_sync(self.table.snapshot)
-        return Plain({"id": id, "videos": answer["videos"]}, 201)
+        return id, replaced, await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
 
     async def _held(self, id: str) -> Clip | None:
         try:
@@ -193,12 +226,22 @@ class Front:
         await self.clip(id)
         answer = await self.backend.ask("writer", "remove", id)
         await self._forget(answer.pop("source"))
-        await anyio.to_thread.run_sync(self.table.snapshot)
+        await self._look_again()
         return Plain({"id": id} | answer)
 
     async def _forget(self, source: str) -> None:
-        if self.roots.is_upload(source):
+        """Deletes the file of a clip that is gone, if it came with a request."""
+        if not self.roots.is_upload(source):
+            return
+        try:
             await anyio.to_thread.run_sync(storage.delete, source)
+        except OSError as error:  # the clip is gone all the same
+            print(f"{source}: not deleted ({error})", file=sys.stderr, flush=True)
+
+    async def _look_again(self) -> None:
+        """What was written is seen here at once; other fronts look within a second."""
+        with suppress(IndexUnavailable):
+            await self.reading(lambda snapshot: snapshot.rows, 0.0)
 
     async def upload(self, request: Request) -> tuple[str, str, dict[str, list[str]]]:
         """The file of a form, on disk; its name, and the form's other fields. 415 and 422 for what is no such form."""
@@ -236,16 +279,15 @@ class Front:
 
     async def examples(self) -> list[str]:
         """A few captions of the index, short ones first; none where it holds none."""
-        snapshot = await anyio.to_thread.run_sync(self.table.snapshot, FRESH_SECONDS)
-        captions = await anyio.to_thread.run_sync(snapshot.captions, CAPTIONS_LOOKED_AT)
+        captions = await self.reading(lambda snapshot: snapshot.captions(CAPTIONS_LOOKED_AT))
         short = [caption for caption in captions if len(caption) <= SHORT_CAPTION] or captions
         return short[:: -(-len(short) // EXAMPLES) or 1]
 
     async def health(self) -> dict[str, Any]:
         """What answers, with how many videos; 503 where the index cannot be reached."""
-        snapshot = await anyio.to_thread.run_sync(self.table.snapshot, FRESH_SECONDS)
+        snapshot = await self.reading(lambda snapshot: snapshot)
         if self.labels[0] != snapshot.version:
-            splits = await anyio.to_thread.run_sync(snapshot.counts, "split")
+            splits = await self.reading(lambda _: snapshot.counts("split"))
             self.labels = (snapshot.version, {name: count for name, count in splits.items() if name})
         about = self.table.metadata
         return {

@@ -52,6 +52,12 @@ class ServeSettings:
     """Processes that hold the model and answer, at least."""
     max_replicas: int = 1
     """At most so many, as the load asks for them."""
+    replica_load: float = 4.0
+    """Requests at once that each replica should have: more ask for another replica, fewer let one go."""
+    grow_seconds: float = 10.0
+    """How long there must be more before a replica is added."""
+    shrink_seconds: float = 300.0
+    """How long there must be fewer before one goes."""
     replica_cpus: float = 0.5
     """CPUs that Ray sets aside for a replica."""
     replica_gpus: float = 0.0
@@ -81,9 +87,12 @@ class ServeSettings:
         for name in ("replicas", "batch_queries", "ongoing", "queued", "max_results", "max_upload_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("request_seconds", "body_seconds", "replica_cpus"):
+        for name in ("request_seconds", "body_seconds", "replica_cpus", "replica_load"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        for name in ("grow_seconds", "shrink_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if not self.api_key and not is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host}: whoever reaches it could search and add: set a key in {KEY_VARIABLE}, "

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from hbi.infra import storage
-from hbi.serving.index.rows import SEGMENT_COLUMNS, any_of, not_of, reaching, schema
+from hbi.serving.index.rows import SEGMENT_COLUMNS, IndexUnavailable, any_of, not_of, reaching, schema
 from hbi.serving.index.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ ROWS_OF_A_PARTITION = 256
 """Clips of a partition of the ANN index, about."""
 STALE_ROWS = 0.05
 """The share of rows outside the ANN index at which it is brought up to date (they are scanned until then)."""
+PATIENCE = {
+    "connect_timeout": "3s",
+    "timeout": "10s",
+    "client_max_retries": "3",
+    "client_retry_timeout": "5",
+}
+"""How long a request to object storage may take and is tried again where people wait for it: they are told of an
+outage and ask again. `hbi index` has LanceDB's own patience of three minutes."""
 KEPT = timedelta(minutes=10)
 """How long an old version of the table stays readable."""
 
@@ -102,6 +110,7 @@ class ClipTable:
         self._database = database
         self._snapshot: Snapshot | None = None
         self._looked = 0.0
+        self._failure: tuple[float, str] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -110,7 +119,7 @@ class ClipTable:
         folder = storage.absolute(folder)
         metadata.write(folder)
         with reaching(folder):
-            database = _connect(folder)
+            database = _connect(folder, {})
             options = {"new_table_enable_stable_row_ids": "true"}
             table = database.create_table(
                 TABLE_NAME, schema=schema(metadata.dim), mode="overwrite", storage_options=options
@@ -119,7 +128,7 @@ class ClipTable:
 
     @classmethod
     def open(cls, folder: str, unfinished: bool = False) -> "ClipTable":
-        """ValueError says why the folder is no index. unfinished: whether one may be opened that is being made."""
+        """ValueError says why the folder is no index. unfinished: for whoever makes it, with more patience."""
         folder = storage.absolute(folder)
         metadata = IndexMetadata.read(folder)
         if not metadata.complete and not unfinished:
@@ -127,7 +136,7 @@ class ClipTable:
                 f"{folder}: not finished: run the same `hbi index` again, it does what is missing"
             )
         with reaching(folder):
-            database = _connect(folder)
+            database = _connect(folder, {} if unfinished else PATIENCE)
             try:
                 table = database.open_table(TABLE_NAME)
             except (ValueError, FileNotFoundError) as error:
@@ -145,19 +154,34 @@ class ClipTable:
 
     def snapshot(self, seconds: float = 0.0) -> Snapshot:
         """A version to read from: the newest, or one that was the newest at most so many seconds ago."""
-        with self._lock, reaching(self.folder):
-            if self._snapshot is not None and time.monotonic() - self._looked < seconds:
+        asked = time.monotonic()
+        with self._lock:
+            # Whoever waited while another looked has that one's answer: an outage is not waited for in turns.
+            if self._failure is not None and self._failure[0] >= asked:
+                raise IndexUnavailable(self._failure[1])
+            started = time.monotonic()
+            if self._snapshot is not None and (self._looked >= asked or started - self._looked < seconds):
                 return self._snapshot
+            try:
+                self._snapshot = self._newest()
+            except IndexUnavailable as error:
+                self._failure = (time.monotonic(), str(error))
+                self._looked = 0.0  # what was wanted was not seen: the next one looks, too
+                raise
+            self._looked = started
+            return self._snapshot
+
+    def _newest(self) -> Snapshot:
+        with reaching(self.folder):
             # A handle of its own finds the newest version; the pinned one is left to whoever still reads from it.
             try:
                 newest = self._database.open_table(TABLE_NAME)
             except ValueError as error:  # deleted by someone
                 raise OSError(str(error)) from None
-            if self._snapshot is None or newest.version != self._snapshot.version:
-                newest.checkout(newest.version)
-                self._snapshot = Snapshot(self.folder, newest, self.metadata.dim, self._snapshot)
-            self._looked = time.monotonic()
-            return self._snapshot
+            if self._snapshot is not None and newest.version == self._snapshot.version:
+                return self._snapshot
+            newest.checkout(newest.version)
+            return Snapshot(self.folder, newest, self.metadata.dim, self._snapshot)
 
     def add(self, rows: pa.Table, replace: bool = False) -> None:
         """Adds clips in one commit; IdInUse for an id that is held, unless `replace` puts the new in its place."""
@@ -238,12 +262,14 @@ class ClipTable:
             return set(column.unique().to_pylist())
 
 
-def _connect(folder: str) -> Any:
+def _connect(folder: str, patience: Mapping[str, str]) -> Any:
     """The database in a folder; the AWS_* variables say where s3:// is."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of every table that is made
     import lancedb
 
-    options = {}
-    if storage.is_remote(folder) and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        options = {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http:")).lower()}
+    if not storage.is_remote(folder):
+        return lancedb.connect(folder)
+    options = dict(patience)
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+        options |= {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http:")).lower()}
     return lancedb.connect(folder, storage_options=options or None)
