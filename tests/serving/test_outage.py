@@ -108,8 +108,8 @@ def test_an_outage_is_503_and_over_when_it_is_over(site: Site) -> None:
             thread.join()
         # Whoever waits beside another has that one's answer: at most one more look than one.
         assert len(said) == 8 and len(set(said)) <= 2
-        asked = (search, ("GET", "/health"), ("GET", "/media/kept"), ("DELETE", "/videos/kept"))
-        for answer in (*(site.ask(*each) for each in asked), site.upload("other")):
+        asked = (("GET", "/health"), ("GET", "/media/kept"), ("DELETE", "/videos/kept"))
+        for answer in (site.ask(*search), *(site.ask(*each) for each in asked), site.upload("other")):
             assert (answer.status, "\n" in answer.detail) == (503, False)
             assert int(answer.headers["retry-after"]) > 0
         site.remote.faults.clear()
