@@ -71,6 +71,7 @@ def side(count: int, n: int, shortest: int, dim: int) -> Tokens:
 def bare_products(text: Tokens, video: Tokens) -> Tensor:
     """Every present word with every frame, in one order and nothing else: what no float32 way can be faster than."""
     words, frames = text.tokens[text.mask], video.tokens.flatten(0, 1).T.contiguous()
+    found = words[:0]
     for block in words.split(1024):
         found = block @ frames
     return found

@@ -75,6 +75,7 @@ class Sizes:
 
     def read(self) -> list[int]:
         """Clips of each rank."""
+        assert self.asked is not None  # asynchronous
         self.asked.wait()
         return self.counts.tolist()
 

@@ -30,7 +30,7 @@ CAN_RUN: Mapping[str, tuple[type, Mapping[str, str]]] = {
     "serve": (Serve, {"model": "model", "index": "input", "tracking": "tracking"}),
 }
 """What may be a job, and which of its arguments are places that the cluster must see."""
-HOLDS = dict.fromkeys(("data", "shards", "index", "show"), "index.json")
+HOLDS: Mapping[str, str] = dict.fromkeys(("data", "shards", "index", "show"), "index.json")
 """What lies in a folder of input."""
 Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 
