@@ -21,7 +21,7 @@ def test_every_place_among_the_arguments_of_a_job_is_known(name: str):
     assert cli.COMMANDS[name] is kind
     names = {field.name for field in fields(kind)}
     assert places.keys() <= names
-    called = {"out", "manifest", "report", "data", "shards", "index", "model", "tracking"}
+    called = {"out", "manifest", "report", "data", "shards", "index", "model", "show", "tracking"}
     assert names & called == places.keys()
 
 
@@ -41,6 +41,7 @@ def test_places_are_what_the_commands_own_parser_reads(monkeypatch: pytest.Monke
     assert [place.kind for place in read] == ["model", "input", "output"]
     read = list(places_of(["index", "models:/hbi@champion", "s3://b/s", "s3://b/i"]))
     assert read[-1] == Place("--tracking", "http://m:5000", "tracking", flag="--tracking")
+    assert list(places_of(["index", "--show", "mine"])) == [Place("--show", "mine", "input", "index.json")]
 
 
 def test_what_is_no_job_is_refused():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from hbi.commands.cluster import places_of
 from hbi.infra.cluster import attempts, submit
 from hbi.infra.cluster.places import Place, made_absolute, require_visible
 from tests.support.s3 import Fault, free_port, object_storage
@@ -199,10 +198,3 @@ def test_what_may_pass_is_tried_again_and_a_mistake_is_not(
         attempts.main()
     assert ending.value.code == statuses[made - 1] and len(ran) == made
     assert ran[0][1:] == ["-m", "hbi", "shard", "a"]
-
-
-def test_an_index_that_is_shown_is_a_place_too():
-    (place,) = places_of(["index", "--show", "my-index"])
-    assert place == Place("--show", "my-index", "input", holds="index.json")
-    with pytest.raises(ValueError, match=r"^--show my-index: the cluster does not see this machine's files"):
-        require_visible([place], here=False)

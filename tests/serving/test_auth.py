@@ -80,7 +80,7 @@ def test_listening_for_others_needs_a_key() -> None:
         ValueError, match=r"--host 0.0.0.0: .*set a key in HBI_API_KEY, or listen on 127.0.0.1"
     ):
         ServeSettings(host="0.0.0.0", api_key="")
-    assert ServeSettings(host="0.0.0.0", api_key="k").api_key not in repr(ServeSettings(api_key="k3y"))
+    assert "k3y" not in repr(ServeSettings(host="0.0.0.0", api_key="k3y"))
     assert ServeSettings(host="::1", api_key="").port == 8000
 
 
