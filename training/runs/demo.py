@@ -48,7 +48,7 @@ def demo() -> TrainConfig:
     """The made corpus of moving shapes, on two CPU workers over gloo.
 
     Command: `hbi demo`, or `hbi train demo --data demo-out/shards`. No score is published for it: the corpus is ours.
-    Expected, of 10,000 clips (measured once): t2v R@1 73.5, v2t R@1 79.0 among 200 test clips.
+    Expected, of 10,000 clips (measured once): t2v R@1 71.5, v2t R@1 75.0 among 200 test clips.
     The towers are small and fresh, so they learn at the rate of the new layers. At twice that rate they stay with
     colours alone for a thousand steps. The entity level alone is contrasted: in the same time three levels learn less.
     """
@@ -73,8 +73,8 @@ def demo_heads() -> TrainConfig:
     """Answers and captions on the made corpus, from the model of the demo, in a minute or two.
 
     Command: `hbi demo`, or `hbi train demo-heads --data demo-out/shards --set.init-from demo-out/run/model`. Expected,
-    from a model of t2v R@1 73.5 (measured once): 57 % of the 1,439 test questions are answered rightly, where the
-    commonest answer of each type gives 18 %; CIDEr 157, BLEU@4 28 (times 100). No score says how well the model still
+    from a model of t2v R@1 71.5 (measured once): 59 % of the 1,439 test questions are answered rightly, where the
+    commonest answer of each type gives 18 %; CIDEr 155, BLEU@4 26 (times 100). No score says how well the model still
     retrieves: the demo searches with its own.
     """
     base = demo()
