@@ -23,7 +23,7 @@ check: $(READY)
 	@$(BIN)/pytest tests/test_imports.py
 
 test: $(READY)
-	@$(BIN)/pytest -n 3 --dist loadgroup
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 # Every benchmark on a tiny size.
 slow: $(READY)
