@@ -186,14 +186,13 @@ def loss_of_similarities(
     targets = interaction_targets(local, settings) if settings.interaction else {}
     losses: dict[str, Tensor] = {}
     total = local.logit_scale.new_zeros(())
-    teacher: tuple[Tensor, Tensor] | None = None
+    entity: tuple[Tensor, Tensor] | None = None
+    others = None if videos is None else _other_pairs(videos, first, len(local.text["entity"].mask))
     for level in settings.learned:
         text, video = local.text[level], local.video[level]
-        with_videos, with_texts = similarities[level]
-        of_texts = local.logit_scale * with_videos
-        of_videos = of_texts.T if with_texts is None else local.logit_scale * with_texts
-        if videos is not None:
-            others, lowest = _other_pairs(videos, first, len(of_texts)), torch.finfo(of_texts.dtype).min
+        of_texts, of_videos = _both_ways(local.logit_scale, *similarities[level])
+        if others is not None:
+            lowest = torch.finfo(of_texts.dtype).min
             of_texts, of_videos = of_texts.masked_fill(others, lowest), of_videos.masked_fill(others, lowest)
         if settings.contrast == "softmax":
             contrast = (contrastive_loss(of_texts, first) + contrastive_loss(of_videos, first)) / 2
@@ -206,21 +205,25 @@ def loss_of_similarities(
             alignment = alignment_loss(local.predicted[level], targets[level], text.mask, video.mask)
             losses[f"alignment/{level}"] = alignment / batch
             total = total + settings.interaction * losses[f"alignment/{level}"]
-        if teacher is None:
-            teacher = of_texts, of_videos
+        if entity is None:
+            entity = of_texts, of_videos
         elif settings.distillation:
-            distillation = distillation_loss(of_texts, teacher[0]) + distillation_loss(of_videos, teacher[1])
+            distillation = distillation_loss(of_texts, entity[0]) + distillation_loss(of_videos, entity[1])
             losses[f"distillation/{level}"] = distillation / batch
             total = total + settings.distillation * losses[f"distillation/{level}"]
     if TEACHER in similarities:
-        assert teacher is not None
-        with_videos, with_texts = similarities[TEACHER]
-        taught = distillation_loss(teacher[0], local.logit_scale * with_videos)
-        with_texts = with_videos.T if with_texts is None else with_texts
-        taught = taught + distillation_loss(teacher[1], local.logit_scale * with_texts)
+        assert entity is not None
+        of_texts, of_videos = _both_ways(local.logit_scale, *similarities[TEACHER])
+        taught = distillation_loss(entity[0], of_texts) + distillation_loss(entity[1], of_videos)
         losses[TEACHER] = taught / batch
         total = total + settings.teacher * losses[TEACHER]
     return {"loss": total, **losses}
+
+
+def _both_ways(scale: Tensor, with_videos: Tensor, with_texts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits of texts with videos and of videos with texts, from an entry of `Similarities`."""
+    of_texts = scale * with_videos
+    return of_texts, of_texts.T if with_texts is None else scale * with_texts
 
 
 def _other_pairs(videos: Int[Tensor, "candidates"], first: int, rows: int) -> Bool[Tensor, "rows candidates"]:

@@ -71,14 +71,14 @@ class EMA:
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """A context in which the model has the averaged weights."""
-        self.swap(model)
+        self._swap(model)
         try:
             yield
         finally:
-            self.swap(model)
+            self._swap(model)
 
     @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
+    def _swap(self, model: nn.Module) -> None:
         """Exchanges the model's weights with the average; twice is nothing."""
         for name, parameter in model.named_parameters():
             if name in self.weights:
