@@ -1,5 +1,7 @@
 """Every text of a test against every video: the evaluation's blocks beside the model's own chunked similarity.
 
+The blocks once in float32, and once with products in bfloat16 (`--set.evaluate.products bfloat16`).
+
 python -m benchmarks.evaluation
 
 Seconds are CPU seconds of this process on one thread, so that a busy machine does not decide it.
@@ -46,15 +48,20 @@ class Bench:
                 lambda text=text, video=video: weighted_similarity(text, video, self.chunk)
             )
             products, _ = seconds(lambda text=text, video=video: bare_products(text, video))
-            error = float((found - expected).abs().max())
+            halves, rounded = seconds(
+                lambda text=text, video=video: score(text, video, products=torch.bfloat16)
+            )
+            error, off = (float((way - expected).abs().max()) for way in (found, rounded))
             results[f"{texts} x {videos}"] = {
                 "seconds": round(ours, 3), "chunked_seconds": round(theirs, 3),
                 "products_seconds": round(products, 3), "times_faster": round(theirs / ours, 2), "largest_error": error,
+                "bfloat16_seconds": round(halves, 3), "bfloat16_times_faster": round(theirs / halves, 2),
+                "bfloat16_largest_error": off,
             }  # fmt: skip
             print(
                 f"{texts} x {videos}: {ours:.2f} s beside {theirs:.2f} s, {theirs / ours:.2f} times faster, "
                 f"{products:.2f} s of it for the bare products, "
-                f"largest error {error:.1e}",
+                f"largest error {error:.1e}; in bfloat16 {halves:.2f} s, {theirs / halves:.2f} times faster, {off:.1e}",
                 flush=True,
             )
         report("evaluation", results, words=self.words, frames=self.frames, dim=self.dim, chunk=self.chunk)

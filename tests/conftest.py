@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, a file stays in one, and all that needs Ray in the same: one Ray."""
-    with_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    """Where tests run in several processes, a file stays in one, and so do those that serve one corpus."""
+    served = {item.path for item in items if "chain" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("served" if item.path in served else str(item.path)))
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +37,12 @@ def media() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One Ray of two CPUs for the session; importable working directory, no dashboard."""
+    """One Ray of two CPUs for the session, in each process of tests; importable working directory, no dashboard."""
     import ray
 
     # Without an empty entry, which would stand for whatever folder a process is in.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 

@@ -36,3 +36,10 @@ def test_it_is_the_similarity_of_the_model(
 def test_no_text_is_no_row() -> None:
     text, video = noise(3, 4, 0), noise(2, 5, 1)
     assert score(Tokens(*(side[:0] for side in text)), video).shape == (0, 2)
+
+
+def test_products_in_bfloat16_are_off_by_their_rounding_alone() -> None:
+    text, video = noise(23, 7, 0), noise(11, 5, 1)
+    exact, found = score(text, video), score(text, video, products=torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() <= 2**-7

@@ -103,9 +103,10 @@ def similarity(
     ours = share(texts, process)
     rows = slice(ours.start, ours.stop)
     scores = torch.zeros(len(ours), len(next(iter(video.values())).mask))
+    published, products = model.config.masking == "published", getattr(torch, protocol.products)
     for level, rate in level_weights(protocol).items():
         part = Tokens(*(side[rows] for side in text[level]))
-        scores += rate * score(part, video[level], model.config.masking == "published").cpu()
+        scores += rate * score(part, video[level], published, products).cpu()
     return _to_first(
         scores, [len(share(texts, process, rank)) for rank in range(process.world_size)], process
     )

@@ -29,13 +29,16 @@ class _Side(NamedTuple):
     lengths: Int[Tensor, "batch"]
 
 
-def score(text: Tokens, video: Tokens, padding_is_zero: bool = False) -> Float[Tensor, "texts videos"]:
+def score(
+    text: Tokens, video: Tokens, padding_is_zero: bool = False, products: torch.dtype = torch.float32
+) -> Float[Tensor, "texts videos"]:
     """`weighted_similarity(text, video)`, equal to rounding, on the tokens' device.
 
-    padding_is_zero: padding enters the maxima as a cosine of 0, as the published code has it.
+    padding_is_zero: padding enters the maxima as a cosine of 0, as the published code has it. products: what cosines
+    are computed in; in bfloat16 each is off by up to 2^-7, their maxima and sums are taken in float32.
     """
-    texts, videos = _side(text, padding_is_zero), _side(video, padding_is_zero)
-    scores = texts.directions.new_empty(len(text.mask), len(video.mask))
+    texts, videos = (_side(side, padding_is_zero, products) for side in (text, video))
+    scores = texts.weights.new_empty(len(text.mask), len(video.mask))
     device = scores.device.type
     limit = BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // 4
     at_once = BLOCK_VIDEOS if device == "cpu" else len(video.mask)
@@ -46,7 +49,7 @@ def score(text: Tokens, video: Tokens, padding_is_zero: bool = False) -> Float[T
         laid = videos.directions[part].transpose(0, 1).reshape(frames * columns, -1).T.contiguous()
         of_frames = videos.weights[part].T
         for rows, words in _rows(texts.lengths, limit // (frames * columns)):
-            cosines = texts.directions[rows, :words].flatten(0, 1) @ laid
+            cosines = (texts.directions[rows, :words].flatten(0, 1) @ laid).float()
             cosines = cosines.view(len(rows), words, frames, columns)
             best_of_words = cosines.amax(2) * texts.weights[rows, :words, None]
             best_of_frames = cosines.amax(1) * of_frames
@@ -78,8 +81,8 @@ def reranked(
     return found
 
 
-def _side(tokens: Tokens, padding_is_zero: bool) -> _Side:
-    directions = normalize(tokens.tokens.float(), dim=-1)
+def _side(tokens: Tokens, padding_is_zero: bool, products: torch.dtype) -> _Side:
+    directions = normalize(tokens.tokens.float(), dim=-1).to(products)
     present = tokens.mask[:, :, None]
     if padding_is_zero:
         lengths = torch.full_like(tokens.mask.sum(1), tokens.mask.shape[1])
