@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +28,7 @@ from hbi.training.parallel import (
     parallelize,
 )
 from hbi.training.settings import GATHERED, ComputeSettings, ExchangeSettings, OptimSettings
+from tests.support.ranks import start_ranks
 from tests.support.training_shards import FRAMES, SIZE, tiny_model
 
 WORDS = 12
@@ -189,7 +189,7 @@ def learn_split(rank: int, pieces: int) -> tuple[dict[str, Tensor], float, dict[
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_cases, (str(folder),), nprocs=4)
+    start_ranks(run_cases, (str(folder),), 4)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(4)]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hbi.infra.mlflow import registry
 from hbi.infra.mlflow import store as stores
@@ -35,6 +34,7 @@ from hbi.training.parallel import Process
 from hbi.training.settings import EvalProtocol
 from tests.model.test_published import LISTING, rescaled, state_of
 from tests.support.mlflow_store import fresh_store
+from tests.support.ranks import start_ranks
 from tests.support.s3 import object_storage
 from tests.support.training_shards import make_shards, sample, tiny_model, write_shard
 
@@ -201,7 +201,7 @@ def rank_work(rank: int, world: int, folder: str) -> None:
 def test_two_ranks_find_what_one_finds(folder: Path, tmp_path: Path, model: HBI, tokenizer: Any) -> None:
     (tmp_path / "model").symlink_to(folder / "model")
     make_shards(tmp_path / "shards", train=[4], test=[5, 2], val=[3], few=[1])
-    mp.spawn(rank_work, (2, str(tmp_path)), nprocs=2)
+    start_ranks(rank_work, (2, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     for split in ("test", "val", "few"):
         protocol = EvalProtocol(dsl=True, qbnorm=2)

@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from hbi.training.runs.table import RUNS, description
 from hbi.training.settings import TrainConfig, WorkerSettings
 from hbi.training.tokenizers import with_tokenizer
 from hbi.training.worker import run
+from tests.support.ranks import start_ranks
 from tests.support.training_shards import make_shards, tiny_run
 
 STEPS_KEPT = 3
@@ -67,7 +67,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     index = make_shards(folder / "shards", train=[17, 14, 18], val=[4])
     with_tokenizer(config_of(), index, str(folder / "unbroken"))  # so that the ranks find it
-    mp.spawn(rank_without_ray, (str(folder), str(folder / "unbroken"), 8), nprocs=2)
+    start_ranks(rank_without_ray, (str(folder), str(folder / "unbroken"), 8), 2)
     return folder
 
 
@@ -179,7 +179,7 @@ def test_another_number_of_workers_goes_on_inside_the_epoch(unbroken: Path, tmp_
     out = tmp_path / "out"
     index = ShardIndex.read(str(unbroken / "shards"))
     config = with_tokenizer(config_of(1), index, str(out))
-    mp.spawn(ranks_until_killed, (str(unbroken), str(out)), nprocs=2)
+    start_ranks(ranks_until_killed, (str(unbroken), str(out)), 2)
     state = json.loads((next((out / "checkpoints").iterdir()) / "state.json").read_text())
     assert state["progress"]["position"] == {"epoch": 0, "done": [[2, 8, 3]]}
     clips: dict[int, float] = {}

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hbi.infra.mlflow.store import client
 from hbi.infra.signals import stop_requests
@@ -22,6 +21,7 @@ from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
 from hbi.training.worker import run
+from tests.support.ranks import start_ranks
 from tests.support.training_shards import make_shards, tiny_run
 from tests.training.test_loop import same, weights
 
@@ -65,7 +65,7 @@ def run_ranks(shards: Path, out: Path, world_size: int) -> None:
     if world_size == 1:
         rank(0, str(shards), str(out), 1)
     else:
-        mp.spawn(rank, (str(shards), str(out), world_size), nprocs=world_size)
+        start_ranks(rank, (str(shards), str(out), world_size), world_size)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from hbi.model.config import AnswerConfig, LossSettings
@@ -23,6 +22,7 @@ from hbi.training.parallel import Process, averaging
 from hbi.training.settings import ExchangeSettings, HeadSettings, TrainConfig
 from hbi.training.tasks import HeadTasks
 from hbi.training.tokenizers import tokenizer_of
+from tests.support.ranks import start_ranks
 from tests.support.task_runs import both_heads, first_batch, resolved
 from tests.support.training_shards import make_shards, tiny_model
 
@@ -257,7 +257,7 @@ def _rank(rank: int, runs: dict[str, tuple[TrainConfig, Batch]], folder: Path) -
 @pytest.fixture(scope="module")
 def of_two_ranks(runs: dict, shards: Path) -> dict:
     out = shards.parent / "out"
-    mp.spawn(_rank, (runs, out), 2)  # type: ignore[attr-defined]
+    start_ranks(_rank, (runs, out), 2)
     return torch.load(out / "found.pt", weights_only=True)
 
 
