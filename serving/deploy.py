@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from hbi.serving.engine import Engine, NewClip, Page, Span, unknown
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.index.table import ClipTable, IdInUse
+from hbi.serving.media import remove_strays
 from hbi.serving.refusal import Refused
 from hbi.serving.settings import ServeSettings
 
@@ -31,7 +32,7 @@ TRIES = 4
 DRAINED_SECONDS = 0.2
 """How often a replica that is told to go looks for requests that it still has; Serve's 2 s are too long for Ctrl-C."""
 MAINTAINED_AFTER = 50
-"""Writes after which the table is looked after."""
+"""Writes from one time that the table is looked after to the next; the first is after the first write."""
 RETRY = {"Retry-After": "1"}
 
 
@@ -147,13 +148,14 @@ class Writer:
 
     def _look_after(self) -> None:
         self.writes += 1
-        if self.writes % MAINTAINED_AFTER == 0 and (self.maintenance is None or self.maintenance.done()):
+        if self.writes % MAINTAINED_AFTER == 1 and (self.maintenance is None or self.maintenance.done()):
             self.maintenance = asyncio.create_task(self._maintain())
 
     async def _maintain(self) -> None:
         try:
             await asyncio.to_thread(self.table.maintain)
-        except IndexUnavailable as error:  # a write came between: the next time
+            await asyncio.to_thread(remove_strays, self.table)
+        except OSError as error:  # a write came between, or the storage fails: the next time
             print(f"the index could not be put in order: {error}", file=sys.stderr)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.frames import from_jpegs
 from hbi.model.hbi import NO_RECONSTRUCTION
@@ -298,8 +297,3 @@ def _refusing() -> Iterator[None]:
 def unknown(id: str) -> Refused:
     """404 for an id that is not in the index."""
     return Refused(404, f"no video {id!r} in the index")
-
-
-def delete_upload(source: str) -> None:
-    """Removes a file that came with a request."""
-    storage.delete(source)

@@ -7,6 +7,7 @@ import posixpath
 import re
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from hbi.infra import storage
 from hbi.pipelines.decoding.filetype import refusal
+from hbi.serving.index.table import ClipTable
 from hbi.serving.refusal import Refused
 
 PIECE_BYTES = 256 * 1024
@@ -27,6 +29,8 @@ REMOTE_PIECE_BYTES = 2 * 1024 * 1024
 """The same of an object in s3://, where every piece is a request."""
 HEAD_BYTES = 4096
 """What a file is told by."""
+STRAY_SECONDS = 24 * 3600.0
+"""Age at which an upload that no clip has is deleted: longer than any request, and than clocks are apart."""
 KINDS = {
     ".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm",
     ".mkv": "video/x-matroska", ".avi": "video/x-msvideo", ".ogv": "video/ogg", ".mpg": "video/mpeg",
@@ -60,9 +64,9 @@ class MediaRoots:
         return MediaRoots(tuple(known), uploads, max_bytes)
 
     def inside(self, video: str) -> str:
-        """The place that a path or URI leads to, links and `..` resolved; 403 where that is in no root."""
+        """The place that a path or URI leads to, links and `..` resolved; 403 for what is no upload and in no root."""
         for place in self._places(video):
-            if any(_below(place, root) for root in (*self.roots, self._real_uploads())):
+            if self.is_upload(place) or any(_below(place, root) for root in self.roots):
                 return place
         where = "no --media-root is set" if not self.roots else "it lies in no --media-root"
         raise Refused(403, f"{_shown(video)}: not allowed ({where})")
@@ -70,6 +74,8 @@ class MediaRoots:
     def to_add(self, video: str) -> str:
         """The same for a video to be taken in: 422 for what is no regular file there, 413 for one that is too large."""
         place = self.inside(video)
+        if self.is_upload(place):  # it goes with the clip that it came with
+            raise Refused(403, f"{_shown(video)}: not allowed (it is the upload of another clip)")
         try:
             if not storage.is_remote(place):
                 mode = Path(place).stat().st_mode
@@ -141,11 +147,33 @@ def look_at(place: str) -> None:
 
 
 def keep_upload(path: str, name: str, folder: str) -> str:
-    """Moves an uploaded file beside the table, under a name of its own; where it lies then."""
+    """Moves an uploaded file beside the table, under a name that says when it came; where it lies then."""
     suffix = Path(name).suffix.lower()
-    target = storage.join(folder, uuid.uuid4().hex + (suffix if suffix in KINDS else ""))
+    own = f"{int(time.time())}-{uuid.uuid4().hex}{suffix if suffix in KINDS else ''}"
+    target = storage.join(folder, own)
     storage.put_file(path, target, move=True)
     return target
+
+
+def remove_strays(table: ClipTable) -> None:
+    """Deletes the uploads that no clip of the index has: a failed add leaves its file, as it may have come through.
+
+    Only those that came more than STRAY_SECONDS ago: others may be on their way, by this server or another one.
+    """
+    old = [path for path in storage.list_files(table.uploads) if _seconds_since(path) > STRAY_SECONDS]
+    if not old:
+        return
+    # By their names: an index that was moved or copied has sources that begin with its old place.
+    held = {posixpath.basename(source) for source in table.snapshot().request_sources()}
+    for path in old:
+        if posixpath.basename(path) not in held:
+            storage.delete(path)
+
+
+def _seconds_since(path: str) -> float:
+    """How long ago an upload came, by its name; 0 for any other file."""
+    came = re.fullmatch(r"(\d{10,})-[0-9a-f]{32}(\.\w+)?", posixpath.basename(path))
+    return time.time() - int(came[1]) if came else 0.0
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------

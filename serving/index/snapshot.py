@@ -161,6 +161,12 @@ class Snapshot:
             found = query.limit(limit).to_arrow()["captions"].to_pylist()
         return list(dict.fromkeys(captions[0] for captions in found))
 
+    def request_sources(self) -> list[str]:
+        """The sources of the clips that were added while serving."""
+        with reaching(self.folder):
+            query = self._table.search().where("starts_with(part, 'request:')").select(["source"])
+            return [os.fsdecode(source) for source in query.limit(None).to_arrow()["source"].to_pylist()]
+
     def ids(self) -> Iterable[tuple[str, str, float, float]]:
         """Id, source, start and end of every clip."""
         with reaching(self.folder):

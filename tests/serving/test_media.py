@@ -1,12 +1,16 @@
 """What may be named and played: inside the roots alone, in pieces, with ranges."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from hbi.serving.media import MediaRoots, look_at, parse_range
+from hbi.serving.index.rows import rows_of
+from hbi.serving.index.table import ClipTable
+from hbi.serving.media import STRAY_SECONDS, MediaRoots, keep_upload, look_at, parse_range, remove_strays
 from hbi.serving.refusal import Refused
+from tests.serving.test_index import METADATA, clip, encoded
 
 
 @pytest.fixture
@@ -56,6 +60,40 @@ def test_no_root_allows_uploads_alone(tmp_path: Path, roots: MediaRoots) -> None
         none.inside(f"{tmp_path}/inside/deep/a.mp4")
     with pytest.raises(ValueError, match=r"--media-root .*: not a folder"):
         MediaRoots.of([str(tmp_path / "absent")], roots.uploads, 1000)
+
+
+def test_an_upload_belongs_to_the_clip_that_it_came_with(tmp_path: Path, roots: MediaRoots) -> None:
+    for allowed in (roots, MediaRoots.of([str(tmp_path)], roots.uploads, 1000)):
+        assert allowed.inside(f"{tmp_path}/index/uploads/u.mp4")
+        with pytest.raises(Refused) as refused:  # removing that clip would take this one's video
+            allowed.to_add(f"{tmp_path}/index/uploads/u.mp4")
+        assert refused.value.status == 403
+
+
+def test_uploads_that_no_clip_has_go_when_they_are_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ClipTable.create(str(tmp_path / "index"), METADATA)
+
+    def upload() -> str:
+        (tmp_path / "sent").write_bytes(b"a video")
+        return keep_upload(str(tmp_path / "sent"), "a.MP4", table.uploads)
+
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - STRAY_SECONDS - 5)
+    kept, moved, stray = upload(), upload(), upload()
+    monkeypatch.undo()
+    young = upload()
+    foreign = Path(table.uploads, "mine.mp4")
+    foreign.write_bytes(b"another's")
+    os.utime(foreign, (0, 0))
+    # One of the index before it was moved to where it is.
+    sources = [kept, f"/where/it/was/uploads/{Path(moved).name}"]
+    clips = [clip(f"v{i}", part="request:1", source=source) for i, source in enumerate(sources)]
+    table.add(rows_of(clips, [encoded(1), encoded(2)]))
+    remove_strays(table)
+    left = {str(path) for path in Path(table.uploads).iterdir()}
+    assert left == {kept, moved, young, str(foreign)} and stray.endswith(".mp4")
 
 
 def test_what_is_no_regular_file_is_refused_before_it_is_read(roots: MediaRoots, tmp_path: Path) -> None:
