@@ -259,6 +259,19 @@ def test_an_unfinished_index_and_one_without_its_table_say_so(tmp_path: Path) ->
         held.snapshot()
 
 
+def test_an_index_made_anew_under_a_reader_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    held = filled(tmp_path, 5)
+    held.snapshot().segments()
+    shutil.rmtree(tmp_path / "clips.lance")
+    anew = filled(tmp_path, 5)
+    assert anew.snapshot().version == 2  # its versions and rows are numbered as those of the first were
+    with pytest.raises(IndexUnavailable, match="another index was made in its place"):
+        held.snapshot()
+    with pytest.raises(IndexUnavailable, match="another index was made in its place"):
+        held.add(rows_of([clip("new")], [encoded(9)]))
+    assert ClipTable.open(str(tmp_path)).snapshot().rows == 5
+
+
 def test_an_index_lives_in_object_storage_and_says_when_that_fails(tmp_path: Path, monkeypatch) -> None:
     with object_storage(tmp_path / "s3") as remote:
         remote.use(monkeypatch)
