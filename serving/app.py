@@ -24,7 +24,7 @@ from hbi.serving.auth import COOKIE, Bodies, Guard, Heads, same, session_of
 from hbi.serving.deploy import logs
 from hbi.serving.engine import Span
 from hbi.serving.index.rows import IndexUnavailable
-from hbi.serving.media import keep_upload, kind_of_static, look_at, play
+from hbi.serving.media import STORAGE_SECONDS, in_time, kind_of_static, look_at, play
 from hbi.serving.operations import (
     LONGEST_TEXT,
     PATIENCE,
@@ -122,7 +122,7 @@ def _videos(api: FastAPI, front: Front) -> None:
         """Adds a video: JSON that names one inside the media roots, or a form with its `file`."""
         if _is_json(request):
             new = NewVideo.model_validate_json(await request.body() or b"null")
-            place = await anyio.to_thread.run_sync(front.roots.to_add, new.video)
+            place = await in_time(STORAGE_SECONDS, new.video[:300], front.roots.to_add, new.video)
             return await front.add(new, place, new.video)
         path, name, fields = await front.upload(_a_form(request))
         try:
@@ -130,10 +130,9 @@ def _videos(api: FastAPI, front: Front) -> None:
             values["captions"] = [caption for caption in fields.get("captions", []) if caption.strip()]
             new = NewVideo.model_validate(values | {"video": name})
             await anyio.to_thread.run_sync(look_at, path)
-            place = await anyio.to_thread.run_sync(keep_upload, path, name, front.table.uploads)
+            return await front.add(new, path, name, upload=True)
         finally:
             Path(path).unlink(missing_ok=True)
-        return await front.add(new, place, name, mine=True)
 
     @api.delete("/videos/{id:path}")
     async def remove(id: str) -> Any:

@@ -10,6 +10,7 @@ is started anew by Serve; what was committed is in the table. `Backend` is how t
 import asyncio
 import functools
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from hbi.serving.engine import Engine, NewClip, Page, Span, unknown
-from hbi.serving.index.rows import IndexUnavailable
+from hbi.serving.index.rows import Clip, IndexUnavailable
 from hbi.serving.index.table import ClipTable, IdInUse
 from hbi.serving.media import remove_strays
 from hbi.serving.refusal import Refused
@@ -107,37 +108,44 @@ class Writer:
 
     def __init__(self, index: str) -> None:
         self.table = ClipTable.open(index)
-        self.turn = asyncio.Lock()
+        # Of threads: one whose client was answered 504 still writes, and the next waits for it.
+        self.turn = threading.Lock()
         self.writes = 0
         self.maintenance: asyncio.Task[None] | None = None
 
     @answered
     async def add(self, rows: bytes, replace: bool) -> dict[str, Any]:
         """Adds the rows of one request; 409 where their id is in use. The same request again changes nothing."""
-        table = pa.ipc.open_stream(rows).read_all()
-        async with self.turn:
+        await asyncio.to_thread(self._add, pa.ipc.open_stream(rows).read_all(), replace)
+        self._look_after()
+        return {"videos": await self._rows()}
+
+    def _add(self, rows: pa.Table, replace: bool) -> None:
+        with self.turn:
             try:
-                await asyncio.to_thread(self.table.add, table, replace)
+                self.table.add(rows, replace)
             except IdInUse as used:
-                held = await asyncio.to_thread(self.table.snapshot().clip, str(used))
-                if held.part != table["part"][0].as_py():
+                held = self.table.snapshot().clip(str(used))
+                if held.part != rows["part"][0].as_py():
                     raise Refused(
                         409, f"id {str(used)!r} is in use: choose another, or ask to replace it"
                     ) from None
-        self._look_after()
-        return {"videos": await self._rows()}
 
     @answered
     async def remove(self, id: str) -> dict[str, Any]:
         """Removes a clip; its source, and how many are left."""
-        async with self.turn:
-            try:
-                clip = await asyncio.to_thread(lambda: self.table.snapshot().clip(id))
-                await asyncio.to_thread(self.table.remove, [id])
-            except KeyError:
-                raise unknown(id) from None
+        try:
+            clip = await asyncio.to_thread(self._remove, id)
+        except KeyError:
+            raise unknown(id) from None
         self._look_after()
         return {"source": clip.source, "videos": await self._rows()}
+
+    def _remove(self, id: str) -> Clip:
+        with self.turn:
+            clip = self.table.snapshot().clip(id)
+            self.table.remove([id])
+            return clip
 
     async def _rows(self) -> int | None:
         """How many clips there are; None where the storage fails now that the write is done."""

@@ -9,10 +9,11 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request
@@ -27,6 +28,8 @@ PIECE_BYTES = 256 * 1024
 """Read and sent at once; the next piece is read when the client has taken this one."""
 REMOTE_PIECE_BYTES = 2 * 1024 * 1024
 """The same of an object in s3://, where every piece is a request."""
+STORAGE_SECONDS = 15.0
+"""How long storage may take to say what it knows of a file."""
 HEAD_BYTES = 4096
 """What a file is told by."""
 STRAY_SECONDS = 24 * 3600.0
@@ -37,6 +40,7 @@ KINDS = {
     ".mpeg": "video/mpeg", ".ts": "video/mp2t", ".flv": "video/x-flv", ".wmv": "video/x-ms-wmv",
     ".3gp": "video/3gpp", ".gif": "image/gif",
 }  # fmt: skip
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,15 @@ def local_file(place: str) -> Iterator[str]:
         yield storage.local_copy(place, scratch)
 
 
+async def in_time(seconds: float, what: str, question: Callable[..., Found], *args: Any) -> Found:
+    """What a function answers that asks storage, in a thread; StorageError says that `what` takes longer than that."""
+    try:
+        with anyio.fail_after(seconds):
+            return await anyio.to_thread.run_sync(question, *args, abandon_on_cancel=True)
+    except TimeoutError:
+        raise storage.StorageError(f"{what}: no answer within {seconds:g} s") from None
+
+
 def look_at(place: str) -> None:
     """422 for what is no video by its first bytes."""
     with storage.open_file(place) as stream:
@@ -182,7 +195,7 @@ def _seconds_since(path: str) -> float:
 async def play(request: Request, place: str, headers: dict[str, str]) -> Response:
     """A video file, or the range asked for (206, 416); 304 where the client has it, 404 if it is gone."""
     try:
-        size, tag = await anyio.to_thread.run_sync(_facts, place)
+        size, tag = await in_time(STORAGE_SECONDS, "the source video", _facts, place)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         raise Refused(404, "the source video is not there any more") from None
     kind = KINDS.get(posixpath.splitext(place)[1].lower(), "application/octet-stream")

@@ -20,10 +20,10 @@ from starlette.formparsers import MultiPartException
 from hbi.infra import storage
 from hbi.serving.deploy import Backend
 from hbi.serving.engine import FRESH_SECONDS, NewClip, Page, Span, unknown
-from hbi.serving.index.rows import Clip, IndexUnavailable
+from hbi.serving.index.rows import Clip
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.table import ClipTable
-from hbi.serving.media import MediaRoots
+from hbi.serving.media import STORAGE_SECONDS, MediaRoots, in_time, keep_upload
 from hbi.serving.model import NO_HEAD
 from hbi.serving.refusal import Refused, require_text
 from hbi.serving.settings import ServeSettings
@@ -38,8 +38,6 @@ CAPTIONS_LOOKED_AT = 200
 """of so many captions of the index,"""
 SHORT_CAPTION = 60
 """of at most so many characters where there are such."""
-READ_SECONDS = 15.0
-"""How long the index may take to say what it knows of a clip."""
 PATIENCE = 3.0
 """Adding a video may take so many times as long as a search."""
 Found = TypeVar("Found")
@@ -132,16 +130,11 @@ class Front:
         return Page(asked.k, asked.offset, filters, getattr(asked, "rerank", False))
 
     async def reading(self, question: Callable[[Snapshot], Found], seconds: float = FRESH_SECONDS) -> Found:
-        """What a version of the index that is at most so old answers; IndexUnavailable where that takes too long."""
-        try:
-            with anyio.fail_after(READ_SECONDS):
-                return await anyio.to_thread.run_sync(
-                    lambda: question(self.table.snapshot(seconds)), abandon_on_cancel=True
-                )
-        except TimeoutError:
-            raise IndexUnavailable(
-                f"{self.table.folder}: the index does not answer within {READ_SECONDS:g} s"
-            ) from None
+        """What a version of the index that is at most so old answers; IndexUnavailable, or StorageError where it takes
+        too long."""
+        return await in_time(
+            STORAGE_SECONDS, self.table.folder, lambda: question(self.table.snapshot(seconds))
+        )
 
     async def clip(self, id: str) -> Clip:
         """A clip of the index; 404 for an id that it does not hold."""
@@ -182,18 +175,24 @@ class Front:
         written = await self.backend.ask("replica", "caption", span, patience=PATIENCE)
         return Plain({"id": asked.id, "caption": written})
 
-    async def add(self, new: NewVideo, place: str, name: str, mine: bool = False) -> Response:
-        """Adds a clip of the video at `place`, named `name` in answers. mine: the file came with the request, and goes
-        where the clip is not added; it stays where that is not known."""
+    async def add(self, new: NewVideo, place: str, name: str, upload: bool = False) -> Response:
+        """Adds a clip of the video at `place`, named `name` in answers. upload: the file came with the request; it is
+        kept beside the table, goes where the clip is not added, and stays where that is not known."""
+        id, replaced = await self._claim(new, name)
+        if upload:
+            patience = PATIENCE * self.settings.request_seconds
+            place = await in_time(patience, "the uploads", keep_upload, place, name, self.table.uploads)
         asked = False
         try:
-            id, replaced, rows = await self._rows(new, place, name)
+            part = f"request:{uuid.uuid4().hex}"
+            clip = NewClip(Span(place, new.start, new.end), name, id, part, tuple(new.captions[:1000]))
+            rows = await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
             asked = True
             answer = await self.backend.ask("writer", "add", rows, new.replace)
         except BaseException as error:
             refused = isinstance(error, Refused) and error.status < 500
-            if mine and (refused or not asked):
-                await asyncio.shield(anyio.to_thread.run_sync(storage.delete, place))
+            if upload and (refused or not asked):
+                await asyncio.shield(self._forget(place))
             raise
         # It is added: whatever fails now is no reason to say otherwise.
         if replaced is not None:
@@ -201,8 +200,8 @@ class Front:
         await self._look_again()
         return Plain({"id": id, "videos": answer["videos"]}, 201)
 
-    async def _rows(self, new: NewVideo, place: str, name: str) -> tuple[str, Clip | None, bytes]:
-        """The id of a new clip, the clip that has it now, and its rows."""
+    async def _claim(self, new: NewVideo, name: str) -> tuple[str, Clip | None]:
+        """The id of a new clip, and the clip that has it now; 409 where that is not to be replaced."""
         id = require_text("id", Path(name).stem if new.id is None else new.id, LONGEST_ID)
         for caption in new.captions[:1000]:
             require_text("captions", caption, 10_000)
@@ -211,9 +210,7 @@ class Front:
         replaced = await self._held(id)
         if replaced is not None and not new.replace:
             raise Refused(409, f"id {id!r} is in use: choose another, or ask to replace it")
-        part = f"request:{uuid.uuid4().hex}"
-        clip = NewClip(Span(place, new.start, new.end), name, id, part, tuple(new.captions[:1000]))
-        return id, replaced, await self.backend.ask("replica", "rows", clip, patience=PATIENCE)
+        return id, replaced
 
     async def _held(self, id: str) -> Clip | None:
         try:
@@ -234,13 +231,13 @@ class Front:
         if not self.roots.is_upload(source):
             return
         try:
-            await anyio.to_thread.run_sync(storage.delete, source)
+            await in_time(STORAGE_SECONDS, source, storage.delete, source)
         except OSError as error:  # the clip is gone all the same
             print(f"{source}: not deleted ({error})", file=sys.stderr, flush=True)
 
     async def _look_again(self) -> None:
         """What was written is seen here at once; other fronts look within a second."""
-        with suppress(IndexUnavailable):
+        with suppress(OSError):
             await self.reading(lambda snapshot: snapshot.rows, 0.0)
 
     async def upload(self, request: Request) -> tuple[str, str, dict[str, list[str]]]:

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,9 @@ PATIENCE = {
 }
 """How long a request to object storage may take and is tried again where people wait for it: they are told of an
 outage and ask again. `hbi index` has LanceDB's own patience of three minutes."""
+LOOK_SECONDS = 10.0
+"""How long such people wait for the newest version of the table: LanceDB asks a server that accepts and says nothing
+many times, each for its `timeout`."""
 KEPT = timedelta(minutes=10)
 """How long an old version of the table stays readable."""
 
@@ -106,9 +110,13 @@ class IndexMetadata:
 class ClipTable:
     """An index folder, opened. Safe to use from several threads; writers in several processes do not lose rows."""
 
-    def __init__(self, folder: str, metadata: IndexMetadata, table: "Table", database: Any) -> None:
+    def __init__(
+        self, folder: str, metadata: IndexMetadata, table: "Table", database: Any, patient: bool
+    ) -> None:
+        """patient: for whoever makes the index and can wait."""
         self.folder = folder
         self.metadata = metadata
+        self._patient = patient
         self._table = table
         self._made = _made(table)
         self._database = database
@@ -129,7 +137,7 @@ class ClipTable:
             table = database.create_table(
                 TABLE_NAME, schema=columns, mode="overwrite", storage_options=options
             )
-        return cls(folder, metadata, table, database)
+        return cls(folder, metadata, table, database, patient=True)
 
     @classmethod
     def open(cls, folder: str, unfinished: bool = False) -> "ClipTable":
@@ -150,7 +158,7 @@ class ClipTable:
                 raise ValueError(
                     f"{folder}: its table is gone: make the index anew with `hbi index`"
                 ) from None
-        return cls(folder, metadata, table, database)
+        return cls(folder, metadata, table, database, patient=unfinished)
 
     @property
     def uploads(self) -> str:
@@ -158,23 +166,44 @@ class ClipTable:
         return storage.join(self.folder, UPLOADS)
 
     def snapshot(self, seconds: float = 0.0) -> Snapshot:
-        """A version to read from: the newest, or one that was the newest at most so many seconds ago."""
+        """A version to read from: the newest, or one that was the newest at most so many seconds ago.
+
+        IndexUnavailable where it cannot be found, or could not at most so many seconds ago.
+        """
         asked = time.monotonic()
         with self._lock:
             # Whoever waited while another looked has that one's answer: an outage is not waited for in turns.
-            if self._failure is not None and self._failure[0] >= asked:
+            if self._failure is not None and self._failure[0] >= asked - seconds:
                 raise IndexUnavailable(self._failure[1])
             started = time.monotonic()
             if self._snapshot is not None and (self._looked >= asked or started - self._looked < seconds):
                 return self._snapshot
             try:
-                self._snapshot = self._newest()
+                self._snapshot = self._newest() if self._patient else self._newest_soon()
             except IndexUnavailable as error:
                 self._failure = (time.monotonic(), str(error))
                 self._looked = 0.0  # what was wanted was not seen: the next one looks, too
                 raise
             self._looked = started
             return self._snapshot
+
+    def _newest_soon(self) -> Snapshot:
+        """`_newest`; IndexUnavailable where it takes longer than LOOK_SECONDS."""
+        found: Future[Snapshot] = Future()
+
+        def look() -> None:
+            try:
+                found.set_result(self._newest())
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=look, name="look", daemon=True).start()
+        try:
+            return found.result(LOOK_SECONDS)
+        except TimeoutError:
+            raise IndexUnavailable(
+                f"{self.folder}: the index does not answer within {LOOK_SECONDS:g} s"
+            ) from None
 
     def _newest(self) -> Snapshot:
         with reaching(self.folder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from tests.serving.conftest import TOWERS, make_model
 from tests.support.asking import Answer, form, through
 from tests.support.clips import video
 from tests.support.s3 import Fault, ObjectStorage, object_storage
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
 CUT = {"frames": 4, "size": 32, "choice": "uniform", "fps": 1.0, "jpeg_quality": 95, "decoder": "pyav"}
+SEARCH = b'{"text": "red", "k": 100}'
 
 
 class Here(Backend):
@@ -73,6 +76,12 @@ class Site:
             Fault(kind, method=m, times=10**9) for m in ("GET", "HEAD", "PUT", "POST", "DELETE")
         ]
 
+    def recover(self) -> None:
+        """Ends the outage; what was found out a moment ago is still said for a second."""
+        self.remote.faults.clear()
+        for each in (("POST", "/search", SEARCH), ("GET", "/health", b"")):
+            wait_for(lambda each=each: self.ask(*each).status == 200, 5, f"{each[1]} does not come back")
+
     @property
     def uploads(self) -> list[Path]:
         return list(self.remote.path("index/uploads").glob("*"))
@@ -90,7 +99,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def test_an_outage_is_503_and_over_when_it_is_over(site: Site) -> None:
     assert site.upload("kept").status == 201
-    search = ("POST", "/search", b'{"text": "red", "k": 100}')
+    search = ("POST", "/search", SEARCH)
     for kind in ("503", "drop"):
         site.fail(kind)
         table = site.backend.engine.table
@@ -112,7 +121,7 @@ def test_an_outage_is_503_and_over_when_it_is_over(site: Site) -> None:
         for answer in (site.ask(*search), *(site.ask(*each) for each in asked), site.upload("other")):
             assert (answer.status, "\n" in answer.detail) == (503, False)
             assert int(answer.headers["retry-after"]) > 0
-        site.remote.faults.clear()
+        site.recover()
         found = site.ask(*search).json["results"]
         assert "kept" in {each["id"] for each in found} and "other" not in {each["id"] for each in found}
         assert site.ask("GET", "/media/kept").body == video(3) and len(site.uploads) == 1
@@ -121,11 +130,25 @@ def test_an_outage_is_503_and_over_when_it_is_over(site: Site) -> None:
 def test_what_was_added_stays_added_when_the_outage_begins_behind_it(site: Site) -> None:
     site.backend.after_writing = site.fail
     assert site.upload("added").status == 201
-    site.remote.faults.clear()
+    site.recover()
     assert site.ask("GET", "/media/added").body == video(3)
     assert site.upload("added", replace="true").status == 201  # the file of the one before is left
-    site.remote.faults.clear()
+    site.recover()
     assert site.ask("GET", "/media/added").status == 200
     assert site.ask("DELETE", "/videos/added").status == 200
-    site.remote.faults.clear()
+    site.recover()
     assert site.ask("GET", "/media/added").status == 404
+
+
+def test_a_server_that_accepts_and_says_nothing_is_an_outage_too(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert site.upload("kept").status == 201
+    site.fail("hang")
+    time.sleep(1.0)  # until what was seen is old
+    with monkeypatch.context() as patch:
+        patch.setattr(table_module, "LOOK_SECONDS", 0.2)
+        for answer in (site.ask("POST", "/search", SEARCH), site.ask("GET", "/health"), site.upload("other")):
+            assert (answer.status, "does not answer within 0.2 s" in answer.detail) == (503, True)
+    site.recover()
+    assert site.ask("GET", "/media/kept").status == 200 and len(site.uploads) == 1
