@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -295,13 +295,6 @@ def read_bytes(path: str) -> bytes:
         return stream.read()
 
 
-def read_lines(path: str) -> Iterator[str]:
-    """The lines of a text file without their line ends, as a stream; bytes that are not UTF-8 survive (surrogates)."""
-    with open_file(path) as stream:
-        for line in stream:
-            yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-
-
 def local_copy(path: str, folder: str) -> str:
     """A local path with the file's content: the path itself, or a copy of a remote object made inside `folder`."""
     if not is_remote(path):
@@ -372,12 +365,15 @@ def _replace(target: Path, write: Callable[[IO[bytes]], Any], durable: bool = Tr
         raise
 
 
-def list_sizes(folder: str, recursive: bool = False) -> dict[str, int]:
-    """Paths of the files in a folder with their bytes, sorted by path; empty if there is no such folder."""
+def list_sizes(folder: str, recursive: bool = False, prefix: str = "") -> dict[str, int]:
+    """Paths of the files in a folder with their bytes, sorted by path; empty if there is no such folder.
+
+    prefix: with what their names begin, in object storage, which lists no others then.
+    """
     if is_remote(folder):
         remote = filesystem(folder)
-        depth = None if recursive else 1
-        found = _persist(folder, lambda: remote.find(_key(folder), maxdepth=depth, detail=True))
+        how = {"maxdepth": None if recursive else 1, **({"prefix": prefix} if prefix else {})}
+        found = _persist(folder, lambda: remote.find(_key(folder), **how, detail=True))
         return {f"s3://{key}": int(info["size"]) for key, info in sorted(found.items())}
     files = (path for path in Path(_local(folder)).glob("**/*" if recursive else "*") if path.is_file())
     return {str(path): path.stat().st_size for path in sorted(files, key=str)}

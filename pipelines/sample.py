@@ -4,9 +4,11 @@ A sample is one captioned clip: `<key>.json` (text and times) followed by `<key>
 time order. The key is the number of the clip's manifest row, so any `id`, whatever characters it holds, is safe.
 """
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import IO, Any
 
@@ -17,7 +19,11 @@ from hbi.model.config import ModelConfig
 from hbi.model.frames import from_jpegs
 
 INDEX_NAME = "index.json"
+PARTS_FOLDER = "index"
+"""Of an index that is too long for one file."""
 FAILURES_NAME = "failures.jsonl"
+READERS = 16
+"""Parts of an index that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """`index.json`: every shard of a folder, and the settings that made them."""
+    """`index.json`, and the parts that it names: every shard of a folder, and the settings that made them."""
 
     folder: str
     """Local folder or s3:// URI."""
@@ -139,7 +145,12 @@ class ShardIndex:
         """The index of a shard folder; ValueError names the folder if it is none."""
         try:
             index = json.loads(storage.read_bytes(storage.join(folder, INDEX_NAME)))
-            shards = [ShardInfo(**shard) for shard in index["shards"]]
+            if "parts" in index:
+                with ThreadPoolExecutor(READERS) as readers:
+                    lists = readers.map(lambda part: _part(folder, **part), index["parts"])
+                    shards = [shard for some in lists for shard in some]
+            else:
+                shards = [ShardInfo(**shard) for shard in index["shards"]]
             return ShardIndex(folder, index["settings"], shards)
         except FileNotFoundError:
             raise ValueError(
@@ -161,6 +172,13 @@ class ShardIndex:
     def path(self, shard: ShardInfo) -> str:
         """Where a shard lies."""
         return storage.join(self.folder, shard.name)
+
+
+def _part(folder: str, name: str, sha256: str, **_: int) -> list[ShardInfo]:
+    content = storage.read_bytes(storage.join(folder, name))
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{name} is not the part that it names")
+    return [ShardInfo(**shard) for shard in json.loads(content)["shards"]]
 
 
 def check_shards(index: ShardIndex, model: ModelConfig, flags: str = "") -> None:

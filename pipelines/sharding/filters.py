@@ -1,17 +1,16 @@
 """Which clips are not wanted: pure functions that return a reason or nothing.
 
-    reject(candidate, settings)            by itself: length, size, aspect, caption, black, still, and a user's own
-    duplicates(fingerprints, settings)     against the rows before it: the same, or nearly the same
+    reject(candidate, settings)     by itself: length, size, aspect, caption, black, still, and a user's own
 
-Both depend on nothing but their arguments, so the same manifest and settings reject the same rows, however many
-workers there are. A filter of one's own is a function of a candidate: from Python `FilterSettings(own=(function,))`,
-for the command line a field of `FilterSettings`, a function beside the others, and its place in `FILTERS`.
+A reason depends on nothing but its arguments, so the same manifest and settings reject the same rows, however many
+workers there are; whether a clip repeats an earlier one is asked of its `Fingerprint`, in `dedup`. A filter of one's
+own is a function of a candidate: from Python `FilterSettings(own=(function,))`, for the command line a field of
+`FilterSettings`, a function beside the others, and its place in `FILTERS`.
 """
 
 import hashlib
 import io
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain, pairwise
@@ -243,57 +242,3 @@ def digest(path: str | Path, start: float | None, end: float | None) -> str:
         found = hashlib.file_digest(stream, "sha256")
     found.update(f"\0{start}\0{end}".encode())
     return found.hexdigest()
-
-
-def duplicates(fingerprints: Iterable[tuple[int, Fingerprint]], settings: FilterSettings) -> dict[int, str]:
-    """The rows that repeat an earlier one, with the reason. fingerprints: by row number, in the order of rows.
-
-    The first of a kind stays. Only rows that stay are compared with, so a chain of small differences is not all one.
-    """
-    repeated: dict[int, str] = {}
-    same: dict[str, int] = {}
-    near = _Near(settings.near) if settings.near is not None else None
-    for number, found in fingerprints:
-        if settings.same:
-            first = same.setdefault(found.digest, number)
-            if first != number:
-                repeated[number] = f"the same bytes and times as row {first + 1}"
-                continue
-        if near is not None:
-            like = near.find(int(found.hash, 16))
-            if like is not None:
-                repeated[number] = f"nearly the same pictures as row {like + 1}"
-                continue
-            near.add(int(found.hash, 16), number)
-    return repeated
-
-
-class _Near:
-    """Hashes that can be searched by Hamming distance without comparing all with all.
-
-    Of d + 1 bands of the bits, two hashes that differ in at most d bits agree in one band at least (pigeonhole): only
-    those that share a band are compared, and none is missed.
-    """
-
-    def __init__(self, bits: int) -> None:
-        import numpy as np
-
-        self.most = bits * HASH_FRAMES
-        edges = np.linspace(0, HASH_BITS * HASH_FRAMES, self.most + 2).round().astype(int).tolist()
-        self.bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
-        self.rows: list[dict[int, list[tuple[int, int]]]] = [defaultdict(list) for _ in self.bands]
-
-    def find(self, hash: int) -> int | None:
-        """The earliest row that is near enough; None if there is none."""
-        return min(
-            (row for row, other in self._candidates(hash) if (hash ^ other).bit_count() <= self.most),
-            default=None,
-        )
-
-    def add(self, hash: int, row: int) -> None:
-        for (shift, mask), rows in zip(self.bands, self.rows, strict=True):
-            rows[hash >> shift & mask].append((row, hash))
-
-    def _candidates(self, hash: int) -> Iterator[tuple[int, int]]:
-        for (shift, mask), rows in zip(self.bands, self.rows, strict=True):
-            yield from rows.get(hash >> shift & mask, ())

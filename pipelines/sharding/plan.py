@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -42,6 +42,23 @@ class ShardPlan:
     """First byte of its rows in that file."""
     bytes: int
     """Length of its rows in that file."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A thousand shards of a split, whose names differ in the last three digits: what is read of a folder at a time."""
+
+    name: str
+    """What their names have in common: `<split>-<000>`."""
+    shards: list[ShardPlan]
+    """By name."""
+
+
+def slices(shard_plans: Iterable[ShardPlan]) -> list[Slice]:
+    """Shards by slices, all of them in the order of their names."""
+    named = sorted(shard_plans, key=lambda shard_plan: shard_plan.name)
+    of_slice = itertools.groupby(named, key=lambda shard_plan: shard_plan.name[: -len("000.tar")])
+    return [Slice(name, list(found)) for name, found in of_slice]
 
 
 @dataclass(frozen=True)

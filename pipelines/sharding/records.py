@@ -1,22 +1,20 @@
 """Commit records: what became of each row of a shard. Only what is recorded counts.
 
-A record is written last, to `OUT/.done/<shard>.json`. At the end the records, read as a stream, become
-`OUT/index.json` and `OUT/failures.jsonl`; a later run makes what has no record, or none that is true.
+A record is written last, to `OUT/.done/<shard>.json`; a later run makes what has no record, or none that is true.
 """
 
 import json
-import tempfile
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hbi.infra import storage
-from hbi.pipelines.sample import FAILURES_NAME, INDEX_NAME, ShardInfo
+from hbi.pipelines.sample import ShardInfo
 from hbi.pipelines.sharding.filters import Fingerprint
-from hbi.pipelines.sharding.plan import VERSION, Plan, ShardPlan
+from hbi.pipelines.sharding.plan import ShardPlan
 
 DONE = ".done"
 STAGING = ".staging"
@@ -106,18 +104,28 @@ def staging_folder(folder: str) -> str | None:
     return staging
 
 
+def sizes_of(folder: str, names: list[str]) -> dict[str, int]:
+    """Bytes of the files of these names in a folder, by path, where they are there: one list of what begins alike."""
+    places = [storage.join(folder, name) for name in names]
+    if storage.is_remote(folder):
+        there = storage.list_sizes(folder, prefix=os.path.commonprefix(names))  # noqa: RUF071 (of names)
+        return {place: there[place] for place in places if place in there}
+    return {place: storage.size(place) for place in places if storage.exists(place)}
+
+
 def read_records(out: str, names: list[str]) -> Iterator[tuple[str, ShardManifest | None]]:
     """The commit records of the named shards, in order, a few read ahead; None where one is missing or broken."""
-
     # Whose length is known is one request; without it a whole answer could not be told from half a one.
-    sizes = storage.list_sizes(storage.join(out, DONE)) if len(names) > 1 and storage.is_remote(out) else {}
+    listed = storage.is_remote(out) and len(names) > 1
+    sizes = sizes_of(storage.join(out, DONE), [f"{name}.json" for name in names]) if listed else {}
 
     def read(name: str) -> ShardManifest | None:
         place = record_path(out, name)
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            if not listed:
+                return ShardManifest.parse(storage.read_bytes(place))
             if place in sizes:
                 return ShardManifest.parse(storage.read_range(place, 0, sizes[place]))
-            return ShardManifest.parse(storage.read_bytes(place))
         return None
 
     ahead = 32 if storage.is_remote(out) else 1
@@ -134,12 +142,9 @@ def unfinished(
 
     tars: whether the tar must be there, as long as recorded; False asks for its record only.
     """
-    there = storage.list_sizes(folder)
-    recorded = {path.rsplit("/", 1)[-1] for path in storage.list_files(storage.join(folder, DONE))}
-    by_name = {shard_plan.name: shard_plan for shard_plan in shard_plans}
-    kept = [shard_plan.name for shard_plan in shard_plans if f"{shard_plan.name}.json" in recorded]
-    for name, record in read_records(folder, kept):
-        shard_plan = by_name.pop(name)
+    names = [shard_plan.name for shard_plan in shard_plans]
+    there = sizes_of(folder, names) if tars else {}
+    for shard_plan, (name, record) in zip(shard_plans, read_records(folder, names), strict=True):
         whole = (
             record is not None
             and record.rows == shard_plan.rows
@@ -151,40 +156,3 @@ def unfinished(
             and not any(failure.passing for failure in record.failures)
         )
         yield shard_plan, record if whole else None
-    for shard_plan in by_name.values():
-        yield shard_plan, None
-
-
-def write_index(out: str, plan: Plan) -> Iterator[ShardManifest]:
-    """Yields every commit record, by name, and writes `failures.jsonl` and `index.json` from them at the end.
-
-    AssertionError if a row of the manifest is unaccounted for.
-    """
-    names = sorted(shard_plan.name for shard_plan in plan.shards)
-    shards: list[dict[str, Any]] = []
-    samples = failed = 0
-    with tempfile.TemporaryDirectory(prefix="hbi-index-", dir=staging_folder(out)) as folder:
-        staging = Path(folder) / FAILURES_NAME
-        with staging.open("wb") as stream:
-            for name, record in read_records(out, names):
-                assert record is not None, f"{name} has no commit record"
-                yield record
-                samples += record.shard.samples
-                if record.shard.samples:
-                    shards.append(asdict(record.shard))
-                for failure in record.failures:
-                    failed += 1
-                    row = asdict(failure)
-                    del row["passing"]
-                    stream.write(json.dumps(row).encode() + b"\n")
-        assert samples + failed == plan.rows, f"{samples} samples and {failed} failures of {plan.rows} rows"
-        storage.put_file(str(staging), storage.join(out, FAILURES_NAME), move=True)
-    index = {
-        "version": VERSION,
-        "settings": plan.identity["settings"],
-        "manifest": {"rows": plan.rows, "sha256": plan.identity["manifest"]},
-        "samples": samples,
-        "failures": failed,
-        "shards": shards,
-    }
-    storage.write_bytes(storage.join(out, INDEX_NAME), (json.dumps(index, indent=1) + "\n").encode())

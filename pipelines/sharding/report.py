@@ -53,8 +53,7 @@ class Page:
         for clip in record.clips:
             self.seconds[int(clip.seconds).bit_length() - 1] += 1
             self.fps[round(clip.fps)] += 1
-            size = clip.width, clip.height
-            self.sizes[size if size in self.sizes or len(self.sizes) < 1000 else (0, 0)] += 1
+            self._count((clip.width, clip.height))
             self.words[min(clip.words, 40)] += 1
         self.failures += record.failures[: FAILURES - len(self.failures)]
         if record.shard.samples:
@@ -63,6 +62,19 @@ class Page:
             if len(self.sheets) == 2 * SHEETS:
                 self.sheets, self.stride = self.sheets[::2], self.stride * 2
             self.seen += 1
+
+    def merge(self, other: "Page") -> None:
+        """Takes other shards into account, as another page gathered them."""
+        self.seconds.update(other.seconds)
+        self.fps.update(other.fps)
+        self.words.update(other.words)
+        for size, count in other.sizes.items():
+            self._count(size, count)
+        self.failures += other.failures[: FAILURES - len(self.failures)]
+        self.sheets += other.sheets
+
+    def _count(self, size: tuple[int, int], count: int = 1) -> None:
+        self.sizes[size if size in self.sizes or len(self.sizes) < 1000 else (0, 0)] += count
 
     def write(self, out: str, path: str, summary: str) -> None:
         """Writes the page; `summary` is what the run prints. Whatever it shows is escaped, wherever it came from."""

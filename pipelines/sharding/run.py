@@ -5,7 +5,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,14 +17,14 @@ from hbi.infra.nodes import on_every_node, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
 from hbi.infra.scratch import END_SECONDS, sweep_scratch
 from hbi.pipelines.sharding import dedup, records
-from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, plan
+from hbi.pipelines.sharding.account import MANY, Account, Accountant
+from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, Slice, plan, slices
 from hbi.pipelines.sharding.progress import Progress
-from hbi.pipelines.sharding.records import unfinished
 from hbi.pipelines.sharding.report import Page
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import OUT_IS_FULL, ShardError
 from hbi.pipelines.sharding.summary import Summary
-from hbi.pipelines.sharding.verify import verified
+from hbi.pipelines.sharding.tasks import on_tasks
 from hbi.pipelines.sharding.workers import drop_duplicates, make_shards
 
 
@@ -44,38 +45,61 @@ def shard(
     settings = settings or ShardSettings()
     out = storage.absolute(out)
     summary = Summary(out)
+    places = {"MANIFEST": storage.parent(storage.absolute(manifest)), "OUT": out}
     print(f"plan: reading {manifest}", file=sys.stderr, flush=True)  # Ray's start is long and silent
-    with _in_words(out), _alone(out):
+    with _in_words(out), _alone(out), ExitStack() as stack:
         clock = time.monotonic()
         planned = _plan(manifest, out, settings)
-        missing = []
-        there = list(unfinished(out, planned.shards))
-        for shard_plan, record in verified(out, there) if verify else there:
-            if record is None:
-                missing.append(shard_plan)
-            else:
-                summary.kept += record.rows
-        if verify:
-            summary.damaged = len(missing) - sum(record is None for _, record in there)
-        summary.plan_seconds = time.monotonic() - clock
+        many = len(planned.shards) > MANY
+        if many:
+            _start_ray(stack, places, summary)
+        of_plan = slices(planned.shards)
+        accountant = Accountant(out, many, verify)
+        accounts = list(_accounts(accountant, of_plan, many))
+        missing = [shard_plan for found in accounts for shard_plan in found.missing]
+        summary.kept = sum(found.summary.rows for found in accounts)
+        summary.damaged = sum(found.damaged for found in accounts)
+        summary.plan_seconds = time.monotonic() - clock - summary.start_seconds
         if missing:
-            clock = time.monotonic()
             print(f"shard: {len(missing):,} shards to make; workers start", file=sys.stderr, flush=True)
-            with ray_running():
-                summary.start_seconds = time.monotonic() - clock
-                require_shared({"MANIFEST": storage.parent(storage.absolute(manifest)), "OUT": out})
-                try:
-                    _make(out, planned, missing, settings, summary)
-                finally:
-                    on_every_node(sweep_scratch, END_SECONDS)
-                summary.work_seconds = time.monotonic() - clock - summary.start_seconds
+            if not many:
+                _start_ray(stack, places, summary)
+            clock, started = time.monotonic(), summary.start_seconds
+            try:
+                _make(out, planned, missing, settings, summary)
+            finally:
+                on_every_node(sweep_scratch, END_SECONDS)
+            summary.work_seconds = time.monotonic() - clock - (summary.start_seconds - started)
+            again = [number for number, found in enumerate(accounts) if found.missing]
+            ended = replace(accountant, verify=False, ended=True)
+            made = _accounts(ended, [of_plan[number] for number in again], many)
+            for number, found in zip(again, made, strict=True):
+                accounts[number] = found
+        if settings.filters.compares:
+            dedup.delete_first_pass(out, planned, many)
+        accountant.write_index(planned, accounts)
         page = Page()
-        for record in records.write_index(out, planned):
-            summary.add(record)
-            page.add(record)
+        for found in accounts:
+            summary.merge(found.summary)
+            page.merge(found.page)
         if report is not None:
             page.write(out, storage.absolute(report), str(summary))
     return summary
+
+
+def _start_ray(stack: ExitStack, places: dict[str, str], summary: Summary) -> None:
+    """Starts Ray, or finds it, until the end of `stack`."""
+    clock = time.monotonic()
+    stack.enter_context(ray_running())
+    require_shared(places)
+    summary.start_seconds += time.monotonic() - clock
+
+
+def _accounts(accountant: Accountant, of_plan: list[Slice], spread: bool) -> Iterator[Account]:
+    with tqdm(total=len(of_plan), unit="slice", desc="records", leave=False, disable=None) as bar:
+        for found in on_tasks(accountant.account, of_plan, spread):
+            bar.update()
+            yield found
 
 
 def _plan(manifest: str, out: str, settings: ShardSettings) -> Plan:
@@ -94,17 +118,11 @@ def _make(
     if not settings.filters.compares:
         _make_all(out, missing, settings, out, summary)
         return
-    first = storage.join(out, dedup.FIRST)
-    wanted = {shard_plan.name for shard_plan in missing}
-    others = [shard_plan for shard_plan in planned.shards if shard_plan.name not in wanted]
-    # Of the others only the fingerprints are needed, which lie in their records.
-    there = [*unfinished(first, missing), *unfinished(first, others, tars=False)]
-    lacking = [shard_plan for shard_plan, record in there if record is None]
-    _make_all(out, lacking, settings, first, summary)
+    lacking = dedup.lacking(out, planned, missing, len(planned.shards) > MANY)
+    _make_all(out, lacking, settings, storage.join(out, dedup.FIRST), summary)
     found = dedup.find_duplicates(out, planned, settings.filters)
     with Progress("compare", missing, summary) as progress:
         progress.follow(drop_duplicates(out, missing, found))
-    dedup.delete_first_pass(out, planned)
 
 
 def _make_all(

@@ -60,8 +60,18 @@ class Summary:
             self.truncated += clip.truncated
             self.captionless += not clip.captions
         for failure in record.failures:
-            kind = failure.stage, kind_of(failure.reason)
-            self.failures[kind if kind in self.failures or len(self.failures) < REASONS else ("…", "…")] += 1
+            self._count((failure.stage, kind_of(failure.reason)))
+
+    def merge(self, other: "Summary") -> None:
+        """Takes other shards into account, as they were counted elsewhere."""
+        for name in ("rows", "samples", "bytes", "shards", "clip_seconds", "truncated", "captionless"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.decoders.update(other.decoders)
+        for kind, count in other.failures.items():
+            self._count(kind, count)
+
+    def _count(self, kind: tuple[str, str], count: int = 1) -> None:
+        self.failures[kind if kind in self.failures or len(self.failures) < REASONS else ("…", "…")] += count
 
     @property
     def clips_per_second(self) -> float:

@@ -12,7 +12,7 @@ from hbi.infra.ray_runtime import dataset_of
 from hbi.infra.scratch import claim_scratch
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.sharding import attempts, shards
-from hbi.pipelines.sharding.dedup import without_duplicates
+from hbi.pipelines.sharding.dedup import Comparison, without_duplicates
 from hbi.pipelines.sharding.plan import ShardPlan
 from hbi.pipelines.sharding.records import ShardManifest
 from hbi.pipelines.sharding.settings import ShardSettings
@@ -76,12 +76,9 @@ class ShardMaker:
 class DuplicateDropper:
     """A worker that copies the shard of each plan that it gets, without the rows that repeat earlier ones."""
 
-    def __init__(self, out: str, duplicates: Any) -> None:
-        import ray
-
+    def __init__(self, out: str, comparison: Comparison) -> None:
         claim_scratch()
-        self.out = out
-        self.duplicates: dict[int, str] = ray.get(duplicates)  # pyright: ignore[reportAttributeAccessIssue]
+        self.out, self.comparison = out, comparison
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return _answer(row, self.copy)
@@ -91,7 +88,7 @@ class DuplicateDropper:
         with shards.stopping(self.out, shard_plan.name):
             if not attempts.begin(self.out, shard_plan.name):
                 return attempts.give_up(self.out, self.out, shard_plan)
-        return without_duplicates(self.out, shard_plan, self.duplicates)
+        return without_duplicates(self.out, shard_plan, self.comparison)
 
 
 def make_shards(
@@ -104,13 +101,9 @@ def make_shards(
     return _spread(ShardMaker, (out, settings, folder, tell), shard_plans)
 
 
-def drop_duplicates(
-    out: str, shard_plans: list[ShardPlan], duplicates: dict[int, str]
-) -> Iterator[ShardResult]:
-    """Copies shards of the first pass to `out`, without the rows of `duplicates`; yields as they finish."""
-    import ray
-
-    return _spread(DuplicateDropper, (out, ray.put(duplicates)), shard_plans)
+def drop_duplicates(out: str, shard_plans: list[ShardPlan], comparison: Comparison) -> Iterator[ShardResult]:
+    """Copies shards of the first pass to `out`, without what repeats earlier rows; yields as they finish."""
+    return _spread(DuplicateDropper, (out, comparison), shard_plans)
 
 
 def _spread(worker: type, arguments: tuple[Any, ...], shard_plans: list[ShardPlan]) -> Iterator[ShardResult]:

@@ -45,7 +45,6 @@ def test_what_is_written_is_read(base: str, tmp_path: Path):
     storage.write_bytes(path, b"one\r\ntw\xffo\n\nlast")
     assert storage.exists(path) and storage.size(path) == 15
     assert storage.read_bytes(path) == b"one\r\ntw\xffo\n\nlast"
-    assert list(storage.read_lines(path)) == ["one", "tw\udcffo", "", "last"]
     (tmp_path / "copies").mkdir()
     assert Path(storage.local_copy(path, str(tmp_path / "copies"))).read_bytes() == b"one\r\ntw\xffo\n\nlast"
     storage.write_bytes(storage.join(base, "deep", "a.txt"), b"")

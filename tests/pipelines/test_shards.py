@@ -20,8 +20,9 @@ from hbi.infra import storage
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sample import Sample, ShardIndex, read_shard
 from hbi.pipelines.sharding import shards
-from hbi.pipelines.sharding.plan import plan
-from hbi.pipelines.sharding.records import Failure, ShardManifest, unfinished, write_index
+from hbi.pipelines.sharding.account import Accountant
+from hbi.pipelines.sharding.plan import Plan, plan, slices
+from hbi.pipelines.sharding.records import Failure, ShardManifest, read_records, unfinished
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import ShardError, make_shard
 from tests.support.clips import video, write_clips, write_manifest
@@ -44,7 +45,14 @@ def make(
     for shard_plan, record in list(unfinished(out, planned.shards)):
         if record is None:
             make_shard(out, shard_plan, settings, decoder)
-    return list(write_index(out, planned))
+    write_index(out, planned)
+    return [record for _, record in read_records(out, sorted(plan.name for plan in planned.shards)) if record]
+
+
+def write_index(out: str, planned: Plan, parts: bool = False) -> None:
+    """What `run.shard` writes at the end, by the obvious loop."""
+    accountant = Accountant(out, parts, ended=True)
+    accountant.write_index(planned, [accountant.account(some) for some in slices(planned.shards)])
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
