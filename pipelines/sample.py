@@ -175,9 +175,12 @@ class ShardIndex:
 
 
 def _part(folder: str, name: str, sha256: str, **_: int) -> list[ShardInfo]:
-    content = storage.read_bytes(storage.join(folder, name))
+    try:
+        content = storage.read_bytes(storage.join(folder, name))
+    except FileNotFoundError:
+        raise ValueError(f"{name} is missing") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{name} is not the part that it names")
+        raise ValueError(f"{name} is not the part of this index")
     return [ShardInfo(**shard) for shard in json.loads(content)["shards"]]
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,8 +16,12 @@ from hbi.pipelines.sharding.dedup import FIRST, delete_first_pass, find_duplicat
 from hbi.pipelines.sharding.filters import FilterSettings
 from hbi.pipelines.sharding.plan import plan
 from hbi.pipelines.sharding.settings import ShardSettings
+from hbi.pipelines.sharding.shards import ShardError
+from hbi.pipelines.sharding.tasks import on_tasks
+from tests.pipelines.test_compare import fingerprints_of, write_first_pass
 from tests.pipelines.test_shards import everything, lines, samples, write_index
 from tests.support.clips import video, write_manifest
+from tests.support.s3 import object_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
@@ -166,5 +171,46 @@ def test_ray_makes_the_same_and_goes_on_where_it_was_cut(
     (tmp_path / "out" / ".done" / "test-000000.tar.json").unlink()
     run.shard(manifest, str(tmp_path / "out"), settings)
     assert same()
+    (tmp_path / "out" / FIRST / "train-000000.tar").write_bytes(b"a run was killed as it deleted these")
+    run.shard(manifest, str(tmp_path / "out"), settings)
+    assert same()
     with pytest.raises(ValueError, match="same was True and is None"):
         run.shard(manifest, str(tmp_path / "out"), ShardSettings(frames=3, size=32, samples_per_shard=2))
+
+
+def test_in_storage_the_same_is_found_and_the_first_pass_leaves_its_records(tmp_path: Path, decoder: Decoder):
+    settings = ShardSettings(
+        frames=3, size=32, samples_per_shard=3, filters=FilterSettings(same=True, near=2)
+    )
+    manifest = corpus(tmp_path / "in")
+    make(manifest, str(tmp_path / "out"), settings, decoder)
+    with object_storage(tmp_path / "s3") as remote, pytest.MonkeyPatch.context() as patch:
+        remote.use(patch)
+        make(manifest, remote.uri("out"), settings, decoder)
+        assert everything(remote.path("out")) == everything(tmp_path / "out")
+
+
+def test_parts_are_compared_by_tasks(ray_session: None, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    drawn = [
+        (int(rng.integers(6)), set(rng.integers(0, 192, 6).tolist()), int(rng.integers(60)))
+        for _ in range(120)
+    ]
+    found, filters = fingerprints_of(drawn), FilterSettings(same=True, near=3)
+    planned = write_first_pass(tmp_path, found, 10)
+    rows = list(range(planned.rows))
+    here = find_duplicates(str(tmp_path), planned, filters, spread=False, part_rows=50).reasons(rows)
+    comparison = find_duplicates(str(tmp_path), planned, filters, part_rows=50)
+    assert comparison.parts == 5 and comparison.reasons(rows) == here
+    assert len({text.split(" as ")[0] for text in here.values()}) == 2
+
+
+def test_what_a_task_raises_is_raised_as_it_is(ray_session: None):
+    def tenth(number: int) -> int:
+        if number == 30:
+            raise ShardError("no space left")
+        return number * 10
+
+    assert list(on_tasks(tenth, range(20), spread=True)) == [10 * number for number in range(20)]
+    with pytest.raises(ShardError, match=r"^no space left$"):
+        list(on_tasks(tenth, range(40), spread=True))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hbi.pipelines.sample import ShardInfo, read_shard
+from hbi.pipelines.sample import ShardIndex, ShardInfo, read_shard
 from hbi.pipelines.sharding import run, shards
 from hbi.pipelines.sharding.records import ClipStats, ShardManifest
 from hbi.pipelines.sharding.settings import ShardSettings
@@ -72,6 +73,30 @@ def test_ray_makes_the_bytes_of_the_plain_loop(ray_session: None, reference: Pat
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed == {"train-000001.tar", "train-000001.tar.json"} and summary.kept == 54
     assert left_by(out) == left_by(reference / "out")
+
+
+def test_the_records_of_many_shards_are_read_by_tasks_and_their_index_lies_in_parts(
+    ray_session: None, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    manifest, out = str(reference / "in" / "manifest.jsonl"), tmp_path / "out"
+    shutil.copytree(reference / "out", out)
+    monkeypatch.setattr(run, "MANY", 5)
+    few = ShardIndex.read(str(out))
+    (out / "train-000001.tar").unlink()
+    for kept in (54, 60):
+        summary = run.shard(manifest, str(out), SETTINGS, report=str(tmp_path / "report.html"))
+        assert (summary.rows, summary.samples, summary.kept) == (60, 60, kept)
+        assert summary.clip_seconds == pytest.approx(60 * 1.4)
+        index = json.loads((out / "index.json").read_text())
+        assert [part["name"] for part in index["parts"]] == ["index/test-000.json", "index/train-000.json"]
+        assert (index["samples"], sum(part["shards"] for part in index["parts"])) == (60, len(few.shards))
+        assert replace(ShardIndex.read(str(out)), folder=few.folder) == replace(few, folder=few.folder)
+    assert "noise number 0" in (tmp_path / "report.html").read_text()
+    others = {"index.json", "index/test-000.json", "index/train-000.json"}
+    found, wanted = left_by(out), left_by(reference / "out")
+    assert {name: found[name] for name in found.keys() - others} == {
+        name: wanted[name] for name in wanted.keys() - others
+    }
 
 
 def test_the_summary_counts_by_reason(ray_session: None, tmp_path: Path):
