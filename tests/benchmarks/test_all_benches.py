@@ -93,8 +93,12 @@ def test_scale() -> None:
     plans, resumes = (found[f"{what} of 1200"]["requests"] for what in ("plan", "resume"))
     assert plans["PUT"] == 2  # one part of the plan, and the plan
     # The manifest, the plan, and each of the twelve shards once; the lists of the tars and of the records.
-    assert (resumes["GET"], resumes["LIST"]) == (14, 3)
+    assert (resumes["GET"], resumes["LIST"], resumes["PUT"]) == (14, 2, 2)
     assert found["resume of 100000000 by the law"]["requests"]["GET"] == 1_000_002
+    assert (
+        found["duplicates of 1200"]["requests"]["GET"] >= 12
+        and found["duplicates, loop of 1200"]["peak_mib"] > 0
+    )
 
 
 def test_sharding() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.duplicates import plain_duplicates
+from benchmarks.scale_loop import plain_duplicates
 from hbi.infra import storage
 from hbi.pipelines.sample import ShardInfo
 from hbi.pipelines.sharding import compare

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.duplicates import plain_duplicates
+from benchmarks.scale_loop import plain_duplicates
 from hbi.pipelines.decoding.clip import Clip
 from hbi.pipelines.manifest import Row
 from hbi.pipelines.sharding.filters import (

@@ -1,6 +1,6 @@
-"""The duplicates' pass beside the loop that a user would write: one process, a dict of digests, a list for each band.
+"""The loop that `scale` is compared with: which clips repeat earlier ones, by a dict of digests and one for each band.
 
-The loop is what the pass is held equal to (`tests/pipelines/test_compare.py`).
+Tests hold the sharding's own pass equal to it.
 """
 
 from collections import defaultdict
