@@ -27,7 +27,8 @@ def claimed(place: str, what: str) -> Iterator[None]:
     _wait_for_its_end(place, what)
     token = uuid.uuid4().hex
     storage.write_bytes(place, f"{token} 0".encode())
-    if not _read(place).startswith(token):  # another one began in the same moment, and wrote last
+    time.sleep(BEAT_SECONDS / 4)  # who saw nothing there in the same moment has written by now
+    if not _read(place).startswith(token):
         raise ValueError(_busy(what))
     over = threading.Event()
 
