@@ -296,4 +296,5 @@ def _refusing() -> Iterator[None]:
 
 def unknown(id: str) -> Refused:
     """404 for an id that is not in the index."""
-    return Refused(404, f"no video {id!r} in the index")
+    shown = id if len(id) <= 100 else id[:100] + "…"
+    return Refused(404, f"no video {shown!r} in the index")

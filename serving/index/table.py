@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from hbi.infra import storage
-from hbi.serving.index.rows import SEGMENT_COLUMNS, IndexUnavailable, any_of, not_of, reaching, schema
+from hbi.serving.index.rows import (
+    SEGMENT_COLUMNS,
+    SEGMENTS,
+    IndexUnavailable,
+    any_of,
+    not_of,
+    reaching,
+    schema,
+)
 from hbi.serving.index.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -35,10 +43,10 @@ UPLOADS = "uploads"
 FORMAT = 3
 MADE = b"made"
 """A random word in the table's schema."""
-SCANNED_ROWS = 1_000_000
-"""Up to so many clips a reader holds every segment (3 GB of them) and looks at all; above, an ANN index is built over
-them, which is faster and finds less: at 250,000 clips 0.40 to 0.93 of the best ten at 1/15 to 1/18 of the time of
-comparing all, beside 1.00 at 1/11 (benchmarks/search.py)."""
+SCANNED_BYTES = 3 * 2**30
+"""Up to so many a reader holds every segment (a million clips of 512 channels) and looks at all; above, an ANN index is
+built over them. It needs less memory, finds less, and is not always faster (benchmarks/search.py --ann: at 250,000
+clips of 512 channels 2/3 of the time, at a million of 64 channels twice of it)."""
 ROWS_OF_A_PARTITION = 256
 """Clips of a partition of the ANN index, about."""
 STALE_ROWS = 0.05
@@ -269,7 +277,8 @@ class ClipTable:
             self._checkout_latest()
             rows = self._table.count_rows()
             have = {column for index in self._table.list_indices() for column in index.columns}
-            if rows > SCANNED_ROWS and "id" not in have:
+            scanned_rows = SCANNED_BYTES // (SEGMENTS * self.metadata.dim * 2)  # bfloat16
+            if rows > scanned_rows and "id" not in have:
                 self._table.optimize(cleanup_older_than=KEPT)
                 self._index(rows)
                 return

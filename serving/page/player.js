@@ -1,11 +1,11 @@
 // A video from the clip's start to its end, with controls under the picture.
 
 import {element, seconds} from "./dom.js";
-import {media, picture} from "./server.js";
+import {media, pictureAt} from "./server.js";
 
 export function player(clip, at = clip.start) {
   const first = clip.start, last = clip.end;
-  const video = element("video", {preload: "none", playsInline: true, poster: picture(clip.id, 0)});
+  const video = element("video", {preload: "none", playsInline: true, poster: pictureAt(clip, at)});
   video.src = `${media(clip.id)}#t=${first},${last}`;
   const button = element("button", {type: "button", className: "play", textContent: "Play"});
   const slider = element("input", {type: "range", min: first, max: last, step: 0.01, value: at, ariaLabel: "Time"});

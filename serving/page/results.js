@@ -1,10 +1,10 @@
 // Results: cards under pictures, moved between by arrows, and the same as CSV.
 
 import {$, element, seconds} from "./dom.js";
-import {picture} from "./server.js";
+import {pictureAt} from "./server.js";
 
 export function card(clip, onclick) {
-  const image = element("img", {src: picture(clip.id, Math.floor(clip.frames / 2)), alt: "", loading: "lazy"});
+  const image = element("img", {src: pictureAt(clip, (clip.moment[0] + clip.moment[1]) / 2), alt: "", loading: "lazy"});
   image.addEventListener("error", () => image.remove());
   const labels = Object.entries({...(clip.split ? {split: clip.split} : {}), ...clip.metadata})
     .filter(([, value]) => ["string", "number"].includes(typeof value)).slice(0, 3).map(([name, value]) => `${name} ${value}`).join(" · ");

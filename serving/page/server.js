@@ -36,4 +36,9 @@ export async function openSession(key) {
 
 export const pathOf = (id) => id.split("/").map(encodeURIComponent).join("/");
 export const picture = (id, number) => `frames/${pathOf(id)}/${number}.jpg`;
+// The frame that is shown at a time: frames share the clip evenly.
+export const pictureAt = (clip, time) => {
+  const share = (time - clip.start) / (clip.end - clip.start || 1);
+  return picture(clip.id, Math.max(0, Math.min(clip.frames - 1, Math.floor(clip.frames * share + 1e-6))));
+};
 export const media = (id) => `media/${pathOf(id)}`;

@@ -13,7 +13,7 @@ def test_search(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         search, "replica_mb", lambda folder: 0.0
     )  # a process of its own: not for its number here
-    monkeypatch.setattr(search.table_module, "SCANNED_ROWS", 1000)  # the bench changes it
+    monkeypatch.setattr(search.table_module, "SCANNED_BYTES", 10**6)  # the bench changes it
     search.main(sizes=(300,), queries=2, dim=64, frames=6, ann=True)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["300"]
     assert all(m[kind]["recall@10"] == 1.0 for m in (found, found["ann"]) for kind in search.DISTANCES)

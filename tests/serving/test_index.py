@@ -129,7 +129,10 @@ def test_an_ann_index_is_built_above_a_size_and_finds_what_scanning_finds(
 ) -> None:
     table = filled(tmp_path, 600)
     scanned = [search(table.snapshot(), query(900 + i), 10) for i in range(8)]
-    monkeypatch.setattr(table_module, "SCANNED_ROWS", 100)
+    monkeypatch.setattr(table_module, "SCANNED_BYTES", 600 * 3 * DIM * 2)
+    table.maintain()
+    assert not table.snapshot().indexed  # just that many are scanned
+    monkeypatch.setattr(table_module, "SCANNED_BYTES", 599 * 3 * DIM * 2)
     monkeypatch.setattr(table_module, "ROWS_OF_A_PARTITION", 64)
     table.maintain()
     assert table.snapshot().indexed

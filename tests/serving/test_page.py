@@ -198,6 +198,10 @@ def test_an_explanation_opens_at_its_result_beside_the_video(visit, served: Serv
         "() => [...document.querySelectorAll('#map img')].every(image => image.naturalWidth > 0)"
     )
     assert page.locator("#map img").count() == len(why["times"])
+    # What is seen before it plays is the frame that it will play from.
+    moment = found(served, text="the red unknownword moves")[2]["moment"]
+    first = why["times"].index(moment[0])
+    assert page.get_attribute("video", "poster") == f"frames/{chosen}/{first}.jpg"
     watch, reason = page.locator(".watch").bounding_box(), page.locator("#why").bounding_box()
     assert (
         watch and reason and abs(watch["y"] - reason["y"]) < 2 and watch["x"] + watch["width"] <= reason["x"]
