@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
-from benchmarks.report import MEBIBYTE, _forget_peak, _resident, report
+from benchmarks.report import MEBIBYTE, forget_peak, resident, report
 from hbi.model.config import LEVELS, LossSettings
 from hbi.model.hbi import Encoded
 from hbi.model.tokens import Tokens
@@ -65,12 +65,12 @@ def rank(number: int, folder: str, world_size: int, form: str, bench: Bench) -> 
     exchange = ExchangeSettings(form)  # type: ignore[arg-type]
     step(noise(2, bench.dim, number), settings, exchange)  # what is loaded at first use is no part of it
     encoded = noise(bench.clips, bench.dim, number)
-    before, start = _forget_peak(), time.process_time()
+    before, start = forget_peak(), time.process_time()
     loss = step(encoded, settings, exchange)
     took = time.process_time() - start
     dist.all_reduce(loss)
     if number == 0:
-        peak = (_resident("VmHWM") - before) / MEBIBYTE
+        peak = (resident("VmHWM") - before) / MEBIBYTE
         (Path(folder) / "found").write_text(f"{peak} {took} {loss.item() / world_size}")
     dist.destroy_process_group()
 

@@ -83,7 +83,7 @@ def _measure(
         before = torch.cuda.memory_allocated()
     else:
         _limit_memory()
-        before = _forget_peak()
+        before = forget_peak()
     seconds, result, peak = [], None, before
     try:
         for _ in range(1 + repeats):
@@ -93,24 +93,24 @@ def _measure(
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
             if len(seconds) == 1:
-                peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
+                peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for memory
         reason = str(error).splitlines()[0]
         return Measured(None, None, error="not enough memory" if "memory" in reason.lower() else reason)
     return Measured(statistics.median(seconds[1:] or seconds), (peak - before) / MEBIBYTE, result)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes, from this process's status: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Give freed memory back to the system and let the record of the peak begin anew; what is resident now."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def _limit_memory() -> None:

@@ -17,7 +17,6 @@ a pair of them takes, by the number of pairs.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ import tyro
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from benchmarks.report import MEBIBYTE, ROOT, report
+from benchmarks.report import MEBIBYTE, ROOT, forget_peak, report, resident
 from benchmarks.scale_loop import plain_duplicates
 from hbi.infra import storage
 from hbi.infra.ray_runtime import ray_running
@@ -97,11 +96,11 @@ def drive(folder: str, what: str) -> None:
         "duplicates, loop": _loop,
     }
     with ray_running() if what == "duplicates, driver" else nullcontext():
-        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begin = forget_peak()
         clock = time.process_time()
         steps[what]()
         seconds = time.process_time() - clock
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin) * 1024 / MEBIBYTE
+        peak = (resident("VmHWM") - begin) / MEBIBYTE
     found = {"cpu_seconds": round(seconds, 3), "peak_mib": round(peak, 1)}
     print(json.dumps({**found, "requests": dict(remote.requests)}))
 
