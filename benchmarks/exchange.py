@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
-from benchmarks.report import MEBIBYTE, forget_peak, resident, report
+from benchmarks.report import MEBIBYTE, forget_peak, report, resident
 from hbi.model.config import LEVELS, LossSettings
 from hbi.model.hbi import Encoded
 from hbi.model.tokens import Tokens
