@@ -24,8 +24,8 @@ Positions = NDArray[np.int64]
 BITS = HASH_BITS * HASH_FRAMES
 LEAF = 512
 """So few rows are compared all with all."""
-PAIRS = 2**20
-"""Pairs that are looked at in one go."""
+PAIRS = 2**18
+"""Pairs that are looked at in one go: what a processor's cache holds."""
 CROWDED = 4
 """How much longer a pair takes that is found by a band than one of all with all."""
 
@@ -112,12 +112,12 @@ def _nearest_by_bands(hashes: Hashes, kept: Hashes, most: int) -> Positions:
     for keys, asked in _bands(hashes, kept, most):
         begins = np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=int(asked.max(initial=0)) + 1))])
         order, asking = _sorted(keys), _sorted(asked)
-        others, ours, asked = kept[order], hashes[asking], asked[asking]
+        ours, others, asked = hashes[asking, 0], kept[order, 0], asked[asking]
         for query, place in _pairs(begins[asked], begins[asked + 1]):
-            close = np.flatnonzero(np.bitwise_count(ours[query, 0] ^ others[place, 0]) <= most)
-            query, place = query[close], place[close]
-            near = np.bitwise_count(ours[query] ^ others[place]).sum(1) <= most
-            np.minimum.at(found, asking[query[near]], order[place[near]])
+            close = np.flatnonzero(np.bitwise_count(ours.take(query) ^ others.take(place)) <= most)
+            query, place = asking[query[close]], order[place[close]]
+            near = np.bitwise_count(hashes[query] ^ kept[place]).sum(1) <= most
+            np.minimum.at(found, query[near], place[near])
     return np.where(found == none, -1, found)
 
 
