@@ -78,7 +78,7 @@ class Counted(DirFileSystem):
         return super().put_file(lpath, rpath)
 
     def find(self, path: str, *args: Any, prefix: str = "", **options: Any) -> Any:
-        found = super().find(path, *args, **options)
+        found: dict[str, Any] = super().find(path, *args, **options)  # type: ignore[assignment]
         found = {name: info for name, info in found.items() if name.startswith(f"{path}/{prefix}")}
         self.requests["LIST"] += max(1, -(-len(found) // LISTED))
         return found
