@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup check test slow demo bench
+.PHONY: setup check test cluster slow demo bench
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ check: $(READY)
 
 test: $(READY)
 	@$(BIN)/pytest -n 2 --dist loadgroup
+
+# Jobs on a Ray cluster of several nodes, which come and go.
+cluster: $(READY)
+	@$(BIN)/pytest -m cluster
 
 # Every benchmark on a tiny size.
 slow: $(READY)

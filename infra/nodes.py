@@ -25,13 +25,20 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def decode_options() -> dict[str, Any]:
-    """Ray's options for an actor that decodes: on the nodes kept for that where there are any, else anywhere."""
+    """Ray's options for what decodes: on the nodes kept for that while they have room, else anywhere.
+
+    A resource that is asked for would be waited for without end where its node is gone: nodes that have one are named.
+    """
     nodes = alive_nodes()
-    for node in nodes:
-        value = node.get("Labels", {}).get(DECODE)
-        if value not in (None, "false"):
-            return {"label_selector": {DECODE: value}, "fallback_strategy": [{"label_selector": {}}]}
-    return {"resources": {DECODE: 0.001}} if any(node["Resources"].get(DECODE) for node in nodes) else {}
+    labels = {node.get("Labels", {}).get(DECODE) for node in nodes} - {None, "false"}
+    having = sorted(node["NodeID"] for node in nodes if node["Resources"].get(DECODE))
+    if labels:
+        wanted = {DECODE: f"in({','.join(sorted(labels))})"}
+    elif having:
+        wanted = {"ray.io/node-id": f"in({','.join(having)})"}
+    else:
+        return {}
+    return {"label_selector": wanted, "fallback_strategy": [{"label_selector": {}}]}
 
 
 def require_resources(what: str, wanted: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ environment's credentials. What a job is called is a name with the number of the
 
 import asyncio
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -82,6 +83,9 @@ def connect(address: str | None = None) -> Cluster:
     try:
         with _without_addresses():
             client = JobSubmissionClient(given)
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(
+            logging.ERROR
+        )  # says what it uploads
         versions = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
         summary = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
     except AuthenticationError:

@@ -33,12 +33,19 @@ def test_decoding_prefers_the_nodes_that_are_kept_for_it(monkeypatch: pytest.Mon
     has = [node()]
     monkeypatch.setattr(nodes, "alive_nodes", lambda: has)
     assert nodes.decode_options() == {}
-    has.append(node(Resources={"decode": 4.0}))
-    assert nodes.decode_options() == {"resources": {"decode": 0.001}}
-    has.append(node(Labels={"decode": "yes"}))
-    assert nodes.decode_options()["label_selector"] == {"decode": "yes"}
-    has[-1]["Labels"]["decode"] = "false"
-    assert "label_selector" not in nodes.decode_options()
+    anywhere = [{"label_selector": {}}]
+    has += [node(Resources={"decode": 4.0}, NodeID="b"), node(Resources={"decode": 1.0}, NodeID="a")]
+    assert nodes.decode_options() == {
+        "label_selector": {"ray.io/node-id": "in(a,b)"},
+        "fallback_strategy": anywhere,
+    }
+    has += [node(Labels={"decode": "yes"}), node(Labels={"decode": "false"}), node(Labels={"decode": "spot"})]
+    assert nodes.decode_options() == {
+        "label_selector": {"decode": "in(spot,yes)"},
+        "fallback_strategy": anywhere,
+    }
+    has[:] = [node(Labels={"decode": "false"})]
+    assert nodes.decode_options() == {}
 
 
 def test_what_the_cluster_lacks_is_said(ray_session: None):

@@ -26,7 +26,7 @@ class Fault:
 
     kind: str
     """`503` (SlowDown), `500`, `hang` (no answer), `cut` (half a body, then the line drops), `short` (half a body
-    that claims to be whole), `drop` (the line drops before an answer)."""
+    that claims to be whole), `drop` (the line drops before an answer), `hold` (none before `holding` ends)."""
     match: str = ""
     method: str = "GET"
     times: int = 1
@@ -42,6 +42,7 @@ class ObjectStorage:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Every request seen, method and path."""
     hang_seconds: float = 3.0
+    released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def uri(self, key: str = "") -> str:
@@ -65,6 +66,20 @@ class ObjectStorage:
             "AWS_ENDPOINT_URL": self.endpoint,
             "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1, "connect_timeout": 2}}),
         }
+
+    @contextmanager
+    def holding(self, match: str, method: str = "GET") -> Iterator[None]:
+        """Inside, such requests wait; all of them are answered afterwards."""
+        fault = Fault("hold", match, method, 10**9)
+        self.released.clear()
+        with self.lock:
+            self.faults.append(fault)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.faults.remove(fault)
+            self.released.set()
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
         """Points this process's storage here, with short pauses, until `patch` is undone."""
@@ -103,6 +118,8 @@ def _handler(storage: ObjectStorage, port: int) -> type[BaseHTTPRequestHandler]:
             fault = storage.take(self.command, self.path)
             if fault == "hang":
                 time.sleep(storage.hang_seconds)
+            if fault == "hold":
+                storage.released.wait()
             if fault in ("hang", "drop"):
                 self.close_connection = True
                 return
