@@ -70,11 +70,16 @@ def use_token() -> None:
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> "Dataset":
-    """Ray Data over `rows`, each a task of its own; what there is to say is said by us, and not by Ray."""
+    """Ray Data over `rows`, each a task of its own; what there is to say is said by us, and not by Ray.
+
+    Its settings, `context`, are its own.
+    """
     import ray.data
+    from ray.data import DataContext
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are exceptions too
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with DataContext.current(DataContext.get_current().copy()):
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
     data.context.enable_progress_bars = False
     data.context.print_on_execution_start = False
     # A row may take its time.

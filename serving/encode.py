@@ -83,23 +83,23 @@ def encode_sentences(model: HBI, tokenizer: Any, texts: Sequence[str]) -> list[S
     return sentences
 
 
-def encoded_rows(
-    tokens: Tokens, frames: Tensor, jpegs: Sequence[Sequence[bytes]], pixels: int
-) -> list[Encoded]:
-    """What the index keeps of each clip. tokens, frames: of `encode_video`; jpegs: the frames; pixels: side of the
-    thumbnails, 0 for none."""
+def encoded_rows(tokens: Tokens, frames: Tensor, thumbnails: Sequence[Sequence[bytes]]) -> list[Encoded]:
+    """What the index keeps of each clip. tokens, frames: of `encode_video`; thumbnails: of each clip's frames."""
     rows = []
-    for i, pictures in enumerate(jpegs):
+    for i, small in enumerate(thumbnails):
         present = tokens.mask[i]
         own, logits = tokens.tokens[i][present].numpy(), tokens.logits[i][present].numpy()
-        small = [thumbnail(frame, pixels) for frame in pictures] if pixels else []
         segments = segments_of(own.astype(np.float32), logits)
-        rows.append(Encoded(own, logits, *segments, small, frames[i][present].numpy()))
+        rows.append(Encoded(own, logits, *segments, list(small), frames[i][present].numpy()))
     return rows
 
 
-def thumbnail(jpeg: bytes, pixels: int) -> bytes:
-    """A frame made small, as JPEG."""
+def thumbnails(jpegs: Sequence[bytes], pixels: int) -> list[bytes]:
+    """A clip's frames made small, as JPEG; none where `pixels`, the side, is 0."""
+    return [_thumbnail(jpeg, pixels) for jpeg in jpegs] if pixels else []
+
+
+def _thumbnail(jpeg: bytes, pixels: int) -> bytes:
     picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
     picture.thumbnail((pixels, pixels))
     buffer = io.BytesIO()

@@ -22,7 +22,7 @@ from hbi.model.weights import load_model
 from hbi.pipelines.decoding.clip import Clip as DecodedClip
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows
+from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows, thumbnails
 from hbi.serving.explain import interactions
 from hbi.serving.index.rows import Clip, labelled, rows_of
 from hbi.serving.index.snapshot import Snapshot
@@ -155,7 +155,7 @@ class Engine:
             source=new.clip.place,
             part=new.part,
         )
-        return rows_of([clip], encoded_rows(*encoded, [frames], self.thumbnail_pixels))
+        return rows_of([clip], encoded_rows(*encoded, [thumbnails(frames, self.thumbnail_pixels)]))
 
     def answer(self, clip: Span, question: str, answers: Sequence[str] | None) -> list[tuple[str, float]]:
         """The answers to a question about a clip with their probability, likeliest first: `Model.rank_answers`."""

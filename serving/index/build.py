@@ -1,4 +1,4 @@
-"""A model over shards: the tokens of every clip, as rows of the index; one Ray Data row, and one commit, a shard.
+"""The index of a shard folder: the tokens of every clip, as rows of the table; one commit a shard.
 
 Restartable: a shard that is in the table is not done again. Ids are unique in an index: a clip whose id is taken by
 another clip is called `id#2`, `id#3`, …
@@ -9,50 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from hbi.infra import storage
 from hbi.infra.nodes import require_resources, require_shared
-from hbi.infra.ray_runtime import dataset_of
 from hbi.model.weights import read_config
-from hbi.pipelines.sample import Sample, ShardIndex, ShardInfo, check_shards, read_shard
-from hbi.serving.index.rows import Clip, as_text, rows_of
+from hbi.pipelines.sample import ShardIndex, ShardInfo, check_shards
+from hbi.serving.index.embed import embed
 from hbi.serving.index.table import INDEX_NAME, ClipTable, IndexMetadata
 from hbi.serving.settings import IndexSettings
-
-
-class EmbedShard:
-    """An actor that holds the model and turns one shard into rows of the index."""
-
-    def __init__(self, model: str, tracking: str, settings: IndexSettings) -> None:
-        """model: a name or folder, resolved here: this may be another machine."""
-        import torch
-
-        from hbi.infra.mlflow.resolve import resolve_model
-        from hbi.model.weights import load_model
-
-        device = "cuda" if settings.gpus else "cpu"
-        self.model = load_model(resolve_model(model, tracking)).eval().to(device)
-        self.settings = settings
-        if not settings.gpus:
-            torch.set_num_threads(max(1, (torch.get_num_threads() + 1) // 2))
-
-    def __call__(self, row: dict) -> dict:
-        """`{"path", "split", "part"}` of a shard to `{"rows", "part"}`: its rows, as an Arrow stream."""
-        from hbi.serving.encode import encode_video, encoded_rows
-
-        clips, encoded = [], []
-        with storage.open_file(row["path"]) as stream:
-            for samples in _groups(read_shard(stream), self.settings.batch):
-                found = encode_video(self.model, np.stack([sample.images() for sample in samples]))
-                encoded += encoded_rows(*found, [s.frames for s in samples], self.settings.thumbnail_pixels)
-                clips += [_clip(sample, row["split"], row["part"]) for sample in samples]
-        rows = rows_of(clips, encoded)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema) as writer:
-            writer.write_table(rows)
-        return {"part": row["part"], "rows": sink.getvalue().to_pybytes()}
 
 
 @dataclass(frozen=True)
@@ -177,21 +142,22 @@ def _part(shard: ShardInfo) -> str:
 def _embedded(
     index: ShardIndex, shards: list[ShardInfo], metadata: IndexMetadata, settings: IndexSettings
 ) -> Iterator[pa.Table]:
-    """The rows of each shard, in no order."""
-    import ray
-
+    """The rows of each shard, whole, in no order. ValueError for one that lacks samples."""
+    batches: dict[str, dict[int, pa.Table]] = {_part(shard): {} for shard in shards}
+    whole = {_part(shard): shard for shard in shards}
     rows = [{"path": storage.absolute(index.path(s)), "split": s.split, "part": _part(s)} for s in shards]
-    # A pool as large as the machine starves Ray Data's own tasks.
-    workers = settings.gpus or max(1, min(len(rows), int(ray.cluster_resources().get("CPU", 1)) - 1))
-    embedded = dataset_of(rows).map(
-        EmbedShard,  # pyright: ignore[reportArgumentType]  (Ray's stub knows functions only)
-        fn_constructor_args=(metadata.model, metadata.tracking, settings),
-        concurrency=workers,
-        num_cpus=1,
-        num_gpus=1 if settings.gpus else 0,
-    )
-    for row in embedded.iter_rows():
-        yield pa.ipc.open_stream(row["rows"]).read_all()
+    for done in embed(rows, metadata.model, metadata.tracking, settings):
+        held = batches[done.part]
+        held[done.number] = pa.ipc.open_stream(done.rows).read_all()
+        if sum(map(len, held.values())) == whole[done.part].samples:
+            yield pa.concat_tables(held[number] for number in sorted(held))
+            del batches[done.part]
+    if batches:
+        names = sorted(whole[part].name for part in batches)
+        raise ValueError(
+            f"{index.folder}: {names[0]} holds fewer samples than index.json says ({len(names)} such shards): "
+            "`hbi shard --verify` makes them anew"
+        )
 
 
 def _unique(rows: pa.Table, taken: dict[str, tuple[str, float, float]]) -> tuple[pa.Table, int]:
@@ -210,30 +176,3 @@ def _unique(rows: pa.Table, taken: dict[str, tuple[str, float, float]]) -> tuple
         ids.append(name)
         seen.add(name)
     return rows.set_column(0, "id", pa.array(ids, pa.string())), renamed
-
-
-def _clip(sample: Sample, split: str, part: str) -> Clip:
-    return Clip(
-        id=as_text(sample.id),
-        video=as_text(sample.source),
-        start=sample.start,
-        end=sample.end,
-        timestamps=sample.timestamps,
-        captions=[as_text(caption) for caption in sample.captions],
-        split=split,
-        metadata=sample.extra,
-        source=sample.source,
-        part=part,
-    )
-
-
-def _groups(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    """Lists of up to `size` samples with the same number of frames."""
-    group: list[Sample] = []
-    for sample in samples:
-        if group and (len(group) == size or len(sample.frames) != len(group[0].frames)):
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group
