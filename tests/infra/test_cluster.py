@@ -375,7 +375,8 @@ def test_nothing_is_left_on_the_cluster(world: World):
     actors = list_actors(world.cluster.address, filters=[("state", "!=", "DEAD")])
     left = {actor.class_name for actor in actors if not actor.class_name.startswith("_")}
     assert left <= {"ActorLocationTracker"}  # Ray Data's own, kept for the next job
-    kept = ("ray", "pymp-", "torchinductor_")  # of Ray, of its dashboard's processes, of torch
+    # Of Ray, of its dashboard's processes, of torch; and the shards that training keeps (--set.data.cache).
+    kept = ("ray", "pymp-", "torchinductor_", "hbi-shards-")
     for node in world.cluster.nodes:
         if node.id in world.cluster.alive():
             names = [path.name for path in (node.folder / "tmp").iterdir()]
