@@ -1,12 +1,15 @@
 """An error as one line, and whose mistake it is."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from hbi import cli
 from hbi.infra import signals
 from hbi.infra.cluster.attempts import MISTAKE
+from hbi.infra.project import ROOT
 from hbi.pipelines.sample import ShardIndex
 
 
@@ -55,3 +58,11 @@ def test_an_interrupted_job_has_tidied_up_before_ray_ends_it():
     from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
     assert signals.END_SECONDS < JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S
+
+
+def test_a_python_without_our_packages_is_named():
+    """A job's `python` may be another one than Ray's; trying again does not help."""
+    command = [sys.executable, "-S", "-m", "hbi", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == MISTAKE
+    assert ended.stderr == f"hbi: {sys.executable} has no tyro: install there what constraints.txt pins\n"

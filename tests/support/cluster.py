@@ -105,6 +105,8 @@ class RayCluster:
         given = ("AWS_", "MLFLOW_", "HBI_", "FSSPEC_", "PYTHONPATH", "RAY_")
         variables = {name: value for name, value in os.environ.items() if not name.startswith(given)}
         variables |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), **self.variables}
+        # A job's command is `python`: that of the environment in which Ray is.
+        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
         log = folder / "log"
         with log.open("wb") as said:
             process = subprocess.Popen(
