@@ -23,11 +23,8 @@ def _root() -> Path:
     return Path(os.environ.get("HBI_SCRATCH") or tempfile.gettempdir()) / f"hbi-scratch-{os.getuid()}"
 
 
-def claim_scratch() -> Path:
-    """Makes this process's temporary files, and those of its children, lie in a folder of its own from now on.
-
-    Removes the folders of processes that were killed.
-    """
+def scratch_folder() -> Path:
+    """A temporary folder of this process's own. Removes the folders of processes that were killed."""
     from filelock import FileLock
 
     global _ours
@@ -43,7 +40,13 @@ def claim_scratch() -> Path:
         if folder.exists() and Path(lock.lock_file).exists():  # nobody swept it in between
             break
     _ours = lock
-    os.environ["HBI_SCRATCH"] = str(root.parent)
+    return folder
+
+
+def claim_scratch() -> Path:
+    """Makes this process's temporary files, and those of its children, lie in its `scratch_folder` from now on."""
+    folder = scratch_folder()
+    os.environ["HBI_SCRATCH"] = str(folder.parents[1])
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hbi.infra import storage
+from hbi.infra.scratch import scratch_folder
 from hbi.model.hbi import HBI
 from hbi.model.weights import WEIGHTS, save_model
 from hbi.training.data.order import LoaderState
@@ -276,10 +277,10 @@ class Checkpoints:
                 f"run again; the last good checkpoint is {self.latest() or 'none'}"
             )
 
-    def _staging(self) -> str | None:
+    def _staging(self) -> str:
         """Where a checkpoint is written first: on the disk that it goes to, so that it is moved and not copied."""
         if storage.is_remote(self.folder) or not self.process.first:
-            return None
+            return str(scratch_folder())
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         return self.folder
 

@@ -15,8 +15,9 @@ from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
 from hbi.infra.mlflow.store import client, require_alive, tracking_uri
 from hbi.infra.mlflow.tracker import INTERRUPTED
-from hbi.infra.nodes import require_shared
+from hbi.infra.nodes import on_every_node, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
+from hbi.infra.scratch import END_SECONDS, sweep_scratch
 from hbi.infra.signals import Interrupted, stop_requests
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
@@ -90,6 +91,8 @@ def train(
             except KeyboardInterrupt as end:
                 _mark_killed(uri, out)
                 raise Interrupted(getattr(end, "number", signal.SIGINT), f"interrupted: {GO_ON}") from None
+            finally:
+                on_every_node(sweep_scratch, END_SECONDS)
             if isinstance(answer, TrainingStopped):
                 raise Interrupted(stop() or signal.SIGINT, str(answer))
     if isinstance(answer, Exception):

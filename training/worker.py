@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -175,8 +176,9 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
     config, known = job.config, storage.join(job.out, RUN_ID)
     enabled = config.tracking.enabled and process.first
     run_id = storage.read_bytes(known).decode() if enabled and storage.exists(known) else None
-    outbox = tempfile.gettempdir() if storage.is_remote(job.out) else job.out
-    outbox = str(Path(outbox) / "tracking")
+    outbox = storage.join(job.out, "tracking")
+    if storage.is_remote(job.out):
+        outbox = str(Path(tempfile.gettempdir()) / f"hbi-tracking-{os.getuid()}")
     name = f"{config.name}-{datetime.now():%m%d-%H%M%S}"
     with Tracker(job.uri, config.tracking.experiment, name, outbox, run_id, enabled) as tracker:
         if enabled:
