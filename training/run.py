@@ -91,8 +91,6 @@ def train(
             except KeyboardInterrupt as end:
                 _mark_killed(uri, out)
                 raise Interrupted(getattr(end, "number", signal.SIGINT), f"interrupted: {GO_ON}") from None
-            finally:
-                on_every_node(sweep_scratch, END_SECONDS)
             if isinstance(answer, TrainingStopped):
                 raise Interrupted(stop() or signal.SIGINT, str(answer))
     if isinstance(answer, Exception):
@@ -199,6 +197,8 @@ def _run_on_ray(job: Job) -> Any:
         raise RuntimeError(
             f"worker {rank} failed {workers.failures + 1} times, the last with: {failure}"
         ) from error
+    finally:
+        on_every_node(sweep_scratch, END_SECONDS)
 
 
 def _ray_storage(out: str) -> tuple[str, Any]:
