@@ -278,7 +278,8 @@ class Checkpoints:
             )
 
     def _staging(self) -> str:
-        """Where a checkpoint is written first: on the disk that it goes to, so that it is moved and not copied."""
+        """Where a checkpoint is written first: on the disk that it goes to, so that it is moved and not copied; where
+        that is none of this machine, in a folder that is removed if this process is killed."""
         if storage.is_remote(self.folder) or not self.process.first:
             return str(scratch_folder())
         Path(self.folder).mkdir(parents=True, exist_ok=True)

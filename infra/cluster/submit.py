@@ -83,9 +83,8 @@ def connect(address: str | None = None) -> Cluster:
     try:
         with _without_addresses():
             client = JobSubmissionClient(given)
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(
-            logging.ERROR
-        )  # says what it uploads
+        # It says what it uploads.
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
         versions = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
         summary = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
     except AuthenticationError:

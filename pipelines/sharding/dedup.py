@@ -245,8 +245,7 @@ def without_duplicates(out: str, shard_plan: ShardPlan, comparison: Comparison) 
 def delete_first_pass(out: str, plan: Plan, spread: bool = False) -> None:
     """Removes the tars of the first pass; their records stay, so that a lost shard can be made again by itself."""
     first = storage.join(out, FIRST)
-    for _ in on_tasks(partial(_delete_tars, first), slices(plan.shards), spread):
-        pass
+    list(on_tasks(partial(_delete_tars, first), slices(plan.shards), spread))
     compared = storage.join(first, COMPARED)
     _delete(storage.list_files(compared, recursive=True))
     if not storage.is_remote(out):
@@ -259,5 +258,4 @@ def _delete_tars(first: str, shards: Slice) -> None:
 
 def _delete(places: Iterable[str]) -> None:
     with ThreadPoolExecutor(READERS) as workers:
-        for _ in workers.map(storage.delete, places):
-            pass
+        list(workers.map(storage.delete, places))
