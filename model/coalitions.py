@@ -52,9 +52,16 @@ class Coalitions(NamedTuple):
     """How likely each player is there."""
 
     def contrasts(self) -> Float[Tensor, "sets players"]:
-        """c with E[c v] = E[v with the player] - E[v without it], over coalitions of all the players."""
-        there = torch.where(self.sets, 1 / self.presence, -1 / (1 - self.presence))
-        return self.weights[:, None] * there.to(self.weights.dtype)
+        """c with c.T v the value of each player: its coefficient in the linear function nearest to v, as sets weigh.
+
+        Over all sets that is E[v with the player] - E[v without it] (Hammer and Holzman 1992; with any presence,
+        Marichal and Mathonet 2011). Of a sample it is much nearer to that than the difference of the sample's means,
+        in which the others' values are noise (Liu et al. 2024, "Kernel Banzhaf").
+        """
+        presence = self.sets.double() - self.presence
+        root = self.weights.double().sqrt()[:, None]
+        linear = torch.cat([root, root * presence], 1)
+        return root * torch.linalg.pinv(linear)[1:].T
 
 
 def coalitions(players: int, presence: float, most: int = COALITIONS, seed: int = 0) -> Coalitions:
@@ -67,10 +74,10 @@ def coalitions(players: int, presence: float, most: int = COALITIONS, seed: int 
 
 
 def sampled_coalitions(players: int, presence: float, most: int, seed: int = 0) -> Coalitions:
-    """`most` sets, each player in it by chance."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(most, players, generator=generator) < presence
-    weights = torch.full((most + 1,), 1 / most, dtype=torch.float64)
+    """`most` sets (an even number), each player in it by chance; they come in pairs that have opposite luck."""
+    luck = torch.rand(most // 2, players, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.cat([luck < presence, luck > 1 - presence])
+    weights = torch.full((len(drawn) + 1,), 1 / len(drawn), dtype=torch.float64)
     weights[-1] = 0.0
     return Coalitions(torch.cat([drawn, torch.ones(1, players, dtype=torch.bool)]), weights, presence)
 
@@ -109,8 +116,7 @@ def importance(
 
     word_of_token: which word each token is a piece of, counted from 0; -1 for the marks. most: coalitions of a side.
     Each value is a mean over coalitions that all come from one matrix of scores: exact with few players, since all
-    coalitions are there; with many an estimate, in which one sample serves all players (Wang and Jia 2023, "Data
-    Banzhaf").
+    coalitions are there; with many an estimate, in which one sample serves all players.
     """
     count = int(word_of_token.max()) + 1
     words, seen = coalitions(count, WORD_PRESENCE, most), coalitions(len(frames), FRAME_PRESENCE, most)
