@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from hbi.model.backbones.block import Block
 from hbi.model.backbones.clip import VisionTower, run_layers
 from hbi.model.hbi import HBI, Encoded
 from hbi.model.levels import LEVELS
@@ -22,14 +23,16 @@ from hbi.model.tokens import Tokens
 
 
 def with_whole_frames(model: HBI) -> HBI:
-    """The model, whose vision tower carries every patch to the end."""
+    """The model with blocks as the library runs them, whose vision tower carries every patch to the end."""
 
     def forward(self: VisionTower, images: Tensor) -> Tensor:
         hidden = self.norm_before(self.embeddings(images))
         return self.projection(self.norm(run_layers(self.layers, hidden, None, self.checkpointing)))[:, 0]
 
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.__class__ = CLIPEncoderLayer
     tower: VisionTower = model.video  # type: ignore[assignment]
-    tower.layers[-1].__class__ = CLIPEncoderLayer
     tower.forward = MethodType(forward, tower)  # type: ignore[method-assign]
     return model
 

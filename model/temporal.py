@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from hbi.model.backbones.block import Block
 from hbi.model.backbones.clip import run_layers
 from hbi.model.config import ModelConfig
 
@@ -31,7 +31,7 @@ class TemporalTransformer(nn.Module):
             attn_implementation="sdpa",  # type: ignore[call-arg]
         )
         self.positions = nn.Embedding(max(towers.context, config.frames), towers.dim)
-        self.layers = nn.ModuleList(CLIPEncoderLayer(settings) for _ in range(config.temporal_layers))
+        self.layers = nn.ModuleList(Block(settings) for _ in range(config.temporal_layers))
         self.checkpointing = False
         self.window = config.temporal_window
         nn.init.normal_(self.positions.weight, std=0.02)

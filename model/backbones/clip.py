@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, MetaClip2Model
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from hbi.model.backbones.block import ClassTokenBlock, as_blocks
 from hbi.model.config import TowerConfig
 from hbi.model.tokens import last_present
 
@@ -88,7 +88,7 @@ class TextTower(nn.Module):
     def __init__(self, clip: CLIPModel | MetaClip2Model) -> None:
         super().__init__()
         self.embeddings = clip.text_model.embeddings
-        self.layers = clip.text_model.encoder.layers
+        self.layers = as_blocks(clip.text_model.encoder.layers)
         self.norm = clip.text_model.final_layer_norm
         self.projection = clip.text_projection
         self.checkpointing = False
@@ -131,24 +131,6 @@ class ConvStem(nn.Sequential):
         return self[0].weight  # type: ignore[return-value]
 
 
-class ClassTokenBlock(CLIPEncoderLayer):
-    """CLIP's last vision block: of its tokens the first alone is read, so the others are only looked at."""
-
-    def forward(
-        self, hidden_states: Float[Tensor, "images n width"], attention_mask: Any = None, **_: Any
-    ) -> Float[Tensor, "images 1 width"]:
-        attention: Any = self.self_attn
-
-        def heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-        seen, first = self.layer_norm1(hidden_states), hidden_states[:, :1]
-        query, key, value = attention.q_proj(seen[:, :1]), attention.k_proj(seen), attention.v_proj(seen)
-        found = scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
-        first = first + attention.out_proj(found.transpose(1, 2).flatten(2))
-        return first + self.mlp(self.layer_norm2(first))
-
-
 class VisionTower(nn.Module):
     """CLIP's vision transformer: one token a frame, the projected class token."""
 
@@ -160,8 +142,8 @@ class VisionTower(nn.Module):
             settings: Any = clip.config.vision_config
             self.embeddings.patch_embedding = ConvStem(stem, settings.patch_size, settings.hidden_size)
         self.norm_before = clip.vision_model.pre_layrnorm
-        self.layers = clip.vision_model.encoder.layers
-        self.layers[-1].__class__ = ClassTokenBlock  # its weights, by their names
+        self.layers = as_blocks(clip.vision_model.encoder.layers)
+        self.layers[-1].__class__ = ClassTokenBlock
         self.norm = clip.vision_model.post_layernorm
         self.projection = clip.visual_projection
         self.checkpointing = False
