@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.ablation_rows import ROWS, Row
+from benchmarks.ablation_rows import ROWS, Row, Score
 from benchmarks.interaction import train_predictor
 from benchmarks.report import report
 from hbi.commands.corpora import Corpus
@@ -198,12 +198,13 @@ def train_row(bench: Ablation, number: int, seed: int) -> tuple[float, dict[str,
     fit(bench, row, model, train, tokenizer, seed)
     seconds = time.process_time() - started
     model.eval()
-    common = probes(model, tokenizer, test, row)
+    explained: dict[str, float] = {}
     if row.explained:
-        explained = explanation_metrics(model, tokenizer, index, "test", bench.matches)
-        common |= {name.removeprefix("test/"): value for name, value in explained.items()}
+        found = explanation_metrics(model, tokenizer, index, "test", bench.matches)
+        explained = {name.removeprefix("test/"): value for name, value in found.items()}
     return seconds, {
-        name: retrieval(model, tokenizer, test, score) | common for name, score in row.names.items()
+        name: retrieval(model, tokenizer, test, score) | probes(model, tokenizer, test, score) | explained
+        for name, score in row.names.items()
     }
 
 
@@ -273,7 +274,7 @@ def video_levels(model: HBI, video: Tensor, backwards: bool = False) -> Levels:
 
 
 @torch.inference_mode()
-def retrieval(model: HBI, tokenizer: Any, test: Split, score: Any) -> dict[str, float]:
+def retrieval(model: HBI, tokenizer: Any, test: Split, score: Score) -> dict[str, float]:
     """Every caption against every clip."""
     texts = [text for captions in test.captions for text in captions]
     owners = [i for i, captions in enumerate(test.captions) for _ in captions]
@@ -282,9 +283,8 @@ def retrieval(model: HBI, tokenizer: Any, test: Split, score: Any) -> dict[str, 
 
 
 @torch.inference_mode()
-def probes(model: HBI, tokenizer: Any, test: Split, row: Row) -> dict[str, float]:
+def probes(model: HBI, tokenizer: Any, test: Split, score: Score) -> dict[str, float]:
     """How often the right one of two scores higher, in percent; half a point where they score alike."""
-    score = next(iter(row.names.values()))
 
     def own(texts: list[str], video: Levels) -> Tensor:
         return score(text_levels(model, tokenizer, texts), video).diagonal()
