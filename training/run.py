@@ -13,7 +13,7 @@ from typing import Any
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
-from hbi.infra.mlflow.store import client, require_alive, tracking_uri
+from hbi.infra.mlflow.store import client, require_alive, require_answer, tracking_uri
 from hbi.infra.mlflow.tracker import INTERRUPTED
 from hbi.infra.nodes import on_every_node, require_shared
 from hbi.infra.ray_runtime import messages, ray_running
@@ -23,6 +23,7 @@ from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
 from hbi.training.checkpoint import fetched
 from hbi.training.checks import check_cluster, check_splits
+from hbi.training.command import command_line
 from hbi.training.init import with_init
 from hbi.training.loop import TrainingStopped
 from hbi.training.settings import TrainConfig
@@ -71,6 +72,7 @@ def train(
     """
     data, out = storage.absolute(data), storage.absolute(out)
     uri = tracking_uri(tracking) if config.tracking.enabled else ""
+    command = command_line(config, data, out)
     index = ShardIndex.read(data)
     for line in check_splits(config, index):
         log(line)
@@ -80,6 +82,8 @@ def train(
         if finished is not None:
             log(f"{out}: this run is finished; give another --out to train anew")
             return finished
+    if uri and not storage.exists(storage.join(out, RUN_ID)):  # one that goes on may wait for its server
+        require_answer(uri)
     with ray_running():
         check_cluster(config)
         require_shared({"--data": data, "--out": out} | ({"--tracking": uri} if uri else {}))
@@ -87,7 +91,7 @@ def train(
         storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
         with stop_requests() as stop, messages(log) as line:
             try:
-                answer = _followed(Job(config, data, out, uri, line), stop, log)
+                answer = _followed(Job(config, data, out, uri, command, line), stop, log)
             except KeyboardInterrupt as end:
                 _mark_killed(uri, out)
                 raise Interrupted(getattr(end, "number", signal.SIGINT), f"interrupted: {GO_ON}") from None

@@ -49,6 +49,8 @@ class Job:
     """Where everything that the run makes lies."""
     uri: str
     """MLflow store; "" tracks nothing."""
+    command: str
+    """That began the run."""
     line: Line
     """To whoever started the run: progress there, and back whether it should end early."""
 
@@ -180,13 +182,14 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
     if storage.is_remote(job.out):
         outbox = str(Path(tempfile.gettempdir()) / f"hbi-tracking-{os.getuid()}")
     name = f"{config.name}-{datetime.now():%m%d-%H%M%S}"
-    with Tracker(job.uri, config.tracking.experiment, name, outbox, run_id, enabled) as tracker:
+    uri = job.uri if enabled else ""
+    with Tracker(uri, config.tracking.experiment, name, outbox, run_id, job.line.say) as tracker:
         if enabled:
             storage.write_bytes(known, str(tracker.run_id).encode())
             # The answers lie in a file of the run, and are too long for a parameter.
             heads = replace(config.heads, vocabulary=())
             tracker.params(flatten(asdict(replace(config, heads=heads))))
-            tracker.tags(lineage(job.data) | origin(*_about(job)))
+            tracker.tags(lineage(job.data) | origin(_about(job), f"hbi train {config.name}", job.command))
             index = ShardIndex.read(job.data)
             counts = Counter({shard.split: 0 for shard in index.shards})
             for shard in index.shards:
@@ -195,11 +198,10 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
         yield tracker
 
 
-def _about(job: Job) -> tuple[str, str]:
-    """A run in a sentence, and the command that it came from."""
+def _about(job: Job) -> str:
+    """A run in a sentence."""
     config = job.config
-    sentence = (
+    return (
         f"{config.name} on {job.data}: batch {config.data.batch}, {config.optim.epochs} epochs, "
         f"{config.workers.count} workers, learning rate {config.optim.lr:g}. Everything lies in {job.out}."
     )
-    return sentence, f"hbi train {config.name} --data {job.data} --out {job.out}"

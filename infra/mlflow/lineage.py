@@ -63,15 +63,20 @@ class Shards:
         )
 
 
-def origin(description: str, command: str) -> dict[str, str]:
-    """What MLflow shows of a run beside its numbers: who began it, with what, and what it is."""
+def origin(description: str, source: str, command: str) -> dict[str, str]:
+    """What MLflow shows of a run beside its numbers: who began it, with what, and what it is.
+
+    source: short and without slashes, for MLflow's pages show what stands behind the last; the whole command is a part
+    of the description.
+    """
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without the user's name
         user = "unknown"
     return {
-        "mlflow.note.content": description,
-        "mlflow.source.name": command,
+        "mlflow.note.content": f"{description}\n\n`{command}`",
+        "mlflow.source.name": source,
+        "command": command,
         "mlflow.source.type": "LOCAL",
         "mlflow.user": user,
     }

@@ -91,21 +91,22 @@ def log_and_register(
             _save_package(folder, package, made, run_id, logged.model_id)
             store.log_model_artifacts(logged.model_id, str(made))
         store.finalize_logged_model(logged.model_id, "READY")
-        _link_scores(store, run, logged.model_id, scores)
+        _link(store, run, logged.model_id, scores)
     except BaseException:
         store.finalize_logged_model(logged.model_id, "FAILED")
         raise
     _make_name(store, new.name)
     # By its place, not as models:/<id>: MLflow would look that up in its global store, and make one where we stand.
     source = logged.artifact_location
-    version = store.create_model_version(
-        new.name,
-        source,
-        run_id,
-        tags=version_tags | {"run_id": run_id},
-        description=_description(run, scores, new.tags),
-        model_id=logged.model_id,
-    )
+    with quiet("mlflow.store.model_registry.abstract_store"):  # says that it waits for what is there
+        version = store.create_model_version(
+            new.name,
+            source,
+            run_id,
+            tags=version_tags | {"run_id": run_id},
+            description=_description(run, scores, new.tags),
+            model_id=logged.model_id,
+        )
     if new.alias and not better_holder(uri, new):
         store.set_registered_model_alias(new.name, new.alias, version.version)
     return str(version.version)
@@ -129,24 +130,38 @@ def better_holder(uri: str, new: NewVersion) -> str:
     return str(holder.version)
 
 
-def _link_scores(store: "MlflowClient", run: Any, model_id: str, scores: Mapping[str, float]) -> None:
-    """The scores as metrics of the logged model, on the data that the run reads."""
+def _link(store: "MlflowClient", run: Any, model_id: str, scores: Mapping[str, float]) -> None:
+    """The model as an output of the run, and the scores as its metrics, on the data that the run reads.
+
+    They are the run's own final metrics, point for point: MLflow keeps one of two that are the same, and a run that
+    has not got them yet, for its server was away, has them from here.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    run_id = run.info.run_id
     data = run.inputs.dataset_inputs[0].dataset if run.inputs.dataset_inputs else None
+    step = 0
     for key, value in scores.items():
+        name = f"final/{key}"
+        point = next(iter(store.get_metric_history(run_id, name)), None)
+        step = point.step if point else step
         store.log_metric(
-            run.info.run_id,
-            f"model/{key}",
-            value,
+            run_id,
+            name,
+            point.value if point else value,
+            timestamp=point.timestamp if point else None,
+            step=step,
             dataset_name=data.name if data else None,
             dataset_digest=data.digest if data else None,
             model_id=model_id,
         )
+    store.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
 
 def _description(run: Any, scores: Mapping[str, float], tags: Mapping[str, Any]) -> str:
     """What a version says of itself in the registry: where it comes from, and how good it is."""
     shown = ", ".join(f"{key} {value:.1f}" for key, value in scores.items() if key.endswith(SHOWN))
-    made = run.data.tags.get("mlflow.source.name", run.info.run_name)
+    made = run.data.tags.get("command", run.info.run_name)
     lines = [f"Made by `{made}` (run {run.info.run_id[:8]})."]
     if shown:
         lines.append(f"Scores: {shown}.")

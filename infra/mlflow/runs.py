@@ -55,8 +55,7 @@ def compare(runs: Sequence[Any], versions: Mapping[str, str], width: int) -> tup
 
 def _scores(run: Any) -> dict[str, float]:
     """A run's metrics, those of its chosen model (`final/`) in the place of its curve's last points."""
-    # `model/` are those of the logged model: the same once more.
-    metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("model/")}
+    metrics = run.data.metrics
     final = {
         name.removeprefix("final/"): value for name, value in metrics.items() if name.startswith("final/")
     }

@@ -1,6 +1,7 @@
 """What a run said, sent to its MLflow store: batches of events, artifacts, and what an earlier process left behind."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,22 @@ PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 8000
 
 Written = dict[str, set[int]]
 """By metric, the steps at which the store has a value."""
+Say = Callable[[str], object]
+"""Takes a line about tracking."""
+
+
+def tell(line: str) -> None:
+    """On standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def send(
-    store: "MlflowClient", run_id: str, events: list[Event], outbox: Outbox, written: Written | None = None
+    store: "MlflowClient",
+    run_id: str,
+    events: list[Event],
+    outbox: Outbox,
+    written: Written | None = None,
+    say: Say = tell,
 ) -> None:
     """Sends events to a run. Raises when the store is away; what the store refuses is said, and not tried again.
 
@@ -56,7 +69,7 @@ def send(
         store.log_batch(run_id, tags=pairs[first : first + PARAMS_PER_REQUEST])
     for event in events:
         if event["kind"] == "artifact":
-            _send_artifact(store, run_id, event, outbox)
+            _send_artifact(store, run_id, event, outbox, say)
         elif event["kind"] == "dataset":
             store.log_inputs(run_id, [_dataset_input(event)])
         elif event["kind"] == "status":
@@ -82,7 +95,7 @@ def _send_params(store: "MlflowClient", run_id: str, params: dict[str, str]) -> 
     return {f"resumed/{key}": value for key, value in wanted.items() if held.get(key, value) != value}
 
 
-def _send_artifact(store: "MlflowClient", run_id: str, event: Event, outbox: Outbox) -> None:
+def _send_artifact(store: "MlflowClient", run_id: str, event: Event, outbox: Outbox, say: Say) -> None:
     """Uploads a file or folder. One that fails comes again later, behind what else waits, and then is given up."""
     path = Path(event["path"])
     try:
@@ -92,13 +105,13 @@ def _send_artifact(store: "MlflowClient", run_id: str, event: Event, outbox: Out
         elif path.exists():
             store.log_artifact(run_id, str(path), event["folder"])
         elif outbox.files not in path.parents:  # a picture that is gone was sent by an earlier try
-            tell(f"{path} was gone before it could be sent")
+            say(f"tracking: {path} was gone before it could be sent")
     except Exception as error:
         tries = event.get("tries", 0) + 1
         if tries < UPLOAD_TRIES:
             outbox.write([event | {"tries": tries}])
             return
-        tell(f"{path} could not be sent ({first_line(error)}): given up after {tries} tries")
+        say(f"tracking: {path} could not be sent ({first_line(error)}): given up after {tries} tries")
     outbox.forget_file(path)
 
 
@@ -121,8 +134,3 @@ def replay(path: str | Path, uri: str) -> int:
         ) from error
     outbox.close()
     return count
-
-
-def tell(what: str) -> None:
-    """A line about tracking, on standard error."""
-    print(f"tracking: {what}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 MLflow is imported inside the functions; it takes a second.
 """
 
+import http.client
 import logging
 import os
 import re
@@ -106,6 +107,17 @@ def require_alive(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # a certificate that MLflow may be told to trust
             raise
+
+
+def require_answer(uri: str) -> None:
+    """ValueError, in one line, unless the store answers."""
+    try:
+        require_alive(uri)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"tracking store {shown(uri)} does not answer ({first_line(error)}): start it, or name another "
+            "(--tracking, MLFLOW_TRACKING_URI)"
+        ) from None
 
 
 def shown(uri: str) -> str:

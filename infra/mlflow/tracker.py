@@ -8,7 +8,6 @@ does no harm: MLflow keeps one of two points with the same metric, step, time an
 Whether the server is there is asked first, with a short time limit.
 """
 
-import http.client
 import io
 import json
 import os
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from hbi.infra.mlflow.lineage import Shards
 from hbi.infra.mlflow.machine import MachineMonitor
 from hbi.infra.mlflow.outbox import Event, Outbox
-from hbi.infra.mlflow.sending import Written, replay, send, tell
-from hbi.infra.mlflow.store import client, experiment_id, first_line, require_alive, shown
+from hbi.infra.mlflow.sending import Say, Written, replay, send, tell
+from hbi.infra.mlflow.store import client, experiment_id, first_line, require_alive, require_answer, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,9 +50,10 @@ between ours. They can be set for the process only: while a tracker lives, and w
 
 
 class Tracker:
-    """One MLflow run. Its methods return at once; a disabled one (every rank but 0) does nothing.
+    """One MLflow run. Its methods return at once; without a `uri` (every rank but 0) they do nothing.
 
-    `outbox` is the local folder for what is not sent yet. `run_id` goes on with a run: what an earlier process left in
+    `outbox` is the local folder for what is not sent yet. `say` gets a line where the store is away or refuses
+    something. `run_id` goes on with a run: what an earlier process left in
     the outbox is sent first, and a server that is away is waited for. Without it a run is made, and ValueError says so
     if the server does not answer. Leaving the context ends the run: FINISHED, KILLED or FAILED.
     """
@@ -65,17 +65,18 @@ class Tracker:
         run_name: str,
         outbox: str | Path,
         run_id: str | None = None,
-        enabled: bool = True,
+        say: Say = tell,
     ) -> None:
-        self.uri, self.enabled, self.run_id = uri, enabled, run_id or ""
-        self.step = self.unsent = 0
-        self.closed, self.away = not enabled, ""
+        self.uri, self.run_id, self.say = uri, run_id or "", say
+        self.unsent = 0
+        self.step: int | None = None
+        self.closed, self.away = not uri, ""
         self.written: Written | None = {} if run_id else None
-        if not enabled:
+        if not uri:
             return
         self.settings = {name: value for name, value in MLFLOW_SETTINGS.items() if name not in os.environ}
         os.environ.update(self.settings)
-        self.run_id = _open_run(uri, experiment, run_name, run_id)
+        self.run_id = self._open_run(experiment, run_name, run_id)
         self.outbox = Outbox(Path(outbox) / f"{self.run_id}.jsonl")
         self.queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         # A daemon: a server that hangs must not keep the process from ending; the outbox has what it holds.
@@ -135,17 +136,46 @@ class Tracker:
             os.environ.pop(name, None)
         self.unsent = self.outbox.waiting + self.queue.qsize()
         if self.unsent:
-            tell(
-                f"{self.unsent} records of run {self.run_id} are not sent to {shown(self.uri)}; {self.outbox.path} "
-                "keeps them: they are sent when the run is resumed, or by "
+            self.say(
+                f"tracking: {self.unsent} records of run {self.run_id} are not sent to {shown(self.uri)}; "
+                f"{self.outbox.path} keeps them: they are sent when the run is resumed, or by "
                 f"`python -m hbi.infra.mlflow.tracker {self.outbox.path} {shown(self.uri)}`"
             )
         return self.unsent
 
     def _put(self, event: Event) -> None:
-        if self.enabled:
+        if self.uri:
             assert not self.closed, "the tracker is closed"
             self.queue.put(event)
+
+    def _open_run(self, experiment: str, run_name: str, run_id: str | None) -> str:
+        """The id of a new run, or of the old one, which is running again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            require_answer(self.uri)
+        except ValueError:
+            if run_id:
+                return run_id
+            raise
+        store = client(self.uri)
+        tags = {}
+        if run_id:
+            try:
+                held = store.get_run(run_id)
+                if held.info.lifecycle_stage == "active":
+                    store.update_run(run_id, "RUNNING")
+                    if INTERRUPTED in held.data.tags:
+                        store.delete_tag(run_id, INTERRUPTED)
+                    return run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    return run_id
+            # A week of training must not end because someone tidied up the store.
+            self.say(f"tracking: run {run_id} is not in {shown(self.uri)} any more: going on in a new run")
+            tags = {"resumes": run_id}
+        made = store.create_run(experiment_id(self.uri, experiment), run_name=run_name, tags=tags)
+        return made.info.run_id
 
     # ---------------------------------------------------------------------------------------- the thread
 
@@ -156,11 +186,11 @@ class Tracker:
         next_try = next_measurement = 0.0
         ended = False
         while not ended:
-            if time.monotonic() >= next_measurement:
+            ended = self._gather(events)
+            if self.step is not None and time.monotonic() >= next_measurement:
                 next_measurement = time.monotonic() + SYSTEM_SECONDS
                 values = monitor.measure()
                 events.append({"kind": "metrics", "values": values, "step": self.step, "time": time.time()})
-            ended = self._gather(events)
             try:
                 self.outbox.write([plain for event in events if (plain := self._plain(event))])
                 events.clear()
@@ -170,7 +200,9 @@ class Tracker:
                 # Whatever a store may raise: the training goes on, the outbox keeps the lines.
                 if not self.away:
                     self.away = first_line(error)
-                    tell(f"{shown(self.uri)} is away ({self.away}): records are kept in {self.outbox.path}")
+                    self.say(
+                        f"tracking: {shown(self.uri)} is away ({self.away}): records are kept in {self.outbox.path}"
+                    )
                 next_try = time.monotonic() + RETRY_SECONDS
         self.outbox.close()
 
@@ -178,9 +210,9 @@ class Tracker:
         """Sends all that waits; raises when the store is away."""
         require_alive(self.uri)
         for batch in self.outbox.batches():
-            send(store, self.run_id, batch, self.outbox, self.written)
+            send(store, self.run_id, batch, self.outbox, self.written, self.say)
         if self.away:
-            tell(f"{shown(self.uri)} is back, and has everything")
+            self.say(f"tracking: {shown(self.uri)} is back, and has everything")
         self.away = ""
 
     def _gather(self, events: list[Event]) -> bool:
@@ -204,7 +236,7 @@ class Tracker:
                 try:
                     numbers[key] = float(value)
                 except (TypeError, ValueError, RuntimeError) as error:
-                    tell(f"left out {key} of step {event['step']}: {first_line(error)}")
+                    self.say(f"tracking: left out {key} of step {event['step']}: {first_line(error)}")
             return event | {"values": numbers}
         if event["kind"] == "file":
             place = Path(event["name"])
@@ -215,43 +247,11 @@ class Tracker:
             try:
                 content = figure if isinstance(figure, bytes) else png(figure)
             except Exception as error:  # whatever drawing may raise
-                tell(f"left out the figure {event['name']}: {first_line(error)}")
+                self.say(f"tracking: left out the figure {event['name']}: {first_line(error)}")
                 return None
             file = self.outbox.keep_file(place.name, content)
             return {"kind": "artifact", "path": str(file), "folder": str("figures" / place.parent)}
         return event
-
-
-def _open_run(uri: str, experiment: str, run_name: str, run_id: str | None) -> str:
-    """The id of a new run, or of the old one, which is running again."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        require_alive(uri)
-    except (OSError, http.client.HTTPException) as error:
-        if run_id:
-            return run_id
-        raise ValueError(
-            f"tracking store {shown(uri)} does not answer ({first_line(error)}): start it, or name another "
-            "(--tracking, MLFLOW_TRACKING_URI)"
-        ) from None
-    store = client(uri)
-    tags = {}
-    if run_id:
-        try:
-            held = store.get_run(run_id)
-            if held.info.lifecycle_stage == "active":
-                store.update_run(run_id, "RUNNING")
-                if INTERRUPTED in held.data.tags:
-                    store.delete_tag(run_id, INTERRUPTED)
-                return run_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                return run_id
-        # A week of training must not end because someone tidied up the store.
-        tell(f"run {run_id} is not in {shown(uri)} any more: going on in a new run")
-        tags = {"resumes": run_id}
-    return store.create_run(experiment_id(uri, experiment), run_name=run_name, tags=tags).info.run_id
 
 
 def png(figure: "Figure") -> bytes:

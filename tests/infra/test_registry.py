@@ -46,6 +46,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tupl
     for number, (lr, recall) in enumerate(((1e-4, 20.0), (1e-3, 30.5))):
         run = store.create_run(stores.experiment_id(uri, "exp"), run_name=f"run-{number}").info.run_id
         store.log_metric(run, stores.mlflow_name("val/t2v/R@1"), recall)
+        store.log_metric(run, stores.mlflow_name("final/val/t2v/R@1"), recall, step=7)
         store.log_param(run, "optim.lr", lr)
         store.log_param(run, "optim.epochs", 5)
         metrics, tags = {"val/t2v/R@1": recall}, {"commit": f"abc{number}", "data_sha256": "d1"}
@@ -135,7 +136,13 @@ def test_a_version_has_metrics_and_lineage(filled: tuple[str, list[str]]) -> Non
     assert "Scores: val/t2v/R1 20.0." in version.description and runs[0][:8] in version.description
     found = stores.client(uri).search_logged_models([stores.experiment_id(uri, "exp")])
     (logged,) = [model for model in found if model.source_run_id == runs[0]]
-    assert {metric.key: metric.value for metric in logged.metrics} == {"model/val/t2v/R1": 20.0}
+    assert {metric.key: metric.value for metric in logged.metrics} == {"final/val/t2v/R1": 20.0}
+    run = stores.client(uri).get_run(runs[0])
+    assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
+    (point,) = stores.client(uri).get_metric_history(
+        runs[0], "final/val/t2v/R1"
+    )  # that of the run, not one more
+    assert (point.step, logged.metrics[0].step) == (7, 7)
     assert version.run_id == runs[0] and version.tags == {
         "val/t2v/R1": "20",
         "commit": "abc0",

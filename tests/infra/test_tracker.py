@@ -60,6 +60,8 @@ def test_a_run_has_all_that_was_said(store: str, tmp_path: Path) -> None:
     assert [value for _, value in history(store, tracker.run_id, "val/t2v-dsl/R1")] == [0, 1, 2, 3, 4]
     assert run.data.metrics["broken"] != run.data.metrics["broken"]
     assert run.data.metrics["system/system_memory_usage_percentage"] > 0
+    (measured,) = history(store, tracker.run_id, "system/cpu_utilization_percentage")
+    assert measured[0] == 5  # the step at which the machine was so, and not the first of all in each process
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
     assert artifacts.is_relative_to(tmp_path / "store" / "artifacts")
     assert (artifacts / "notes" / "note.txt").read_text() == "hello"
@@ -96,7 +98,7 @@ def test_the_caller_never_waits(store: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_disabled_tracker_does_nothing(tmp_path: Path) -> None:
-    with Tracker("http://127.0.0.1:9", "tests", "one", tmp_path / "outbox", enabled=False) as tracker:
+    with Tracker("", "tests", "one", tmp_path / "outbox") as tracker:
         tracker.metrics({"loss": 1.0}, 0)
         tracker.params({"a": 1})
     assert not (tmp_path / "outbox").exists() and tracker.close() == 0
@@ -138,14 +140,14 @@ def test_the_shards_are_an_input_of_the_run(store: str, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "index.json").write_text("{}")
     with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
-        tracker.tags(origin("what it is", "hbi train tiny"))
+        tracker.tags(origin("what it is", "hbi train tiny", "hbi train tiny --data a/b"))
         tracker.dataset(Shards.of(str(tmp_path / "shards"), {"train": 3, "val": 1}))
     run = stores.client(store).get_run(tracker.run_id)
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.source_type) == ("shards", "local")
     assert json.loads(given.dataset.profile) == {"num_rows": 4, "train": 3, "val": 1}
     assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
-    assert run.data.tags["mlflow.note.content"] == "what it is"
+    assert run.data.tags["mlflow.note.content"] == "what it is\n\n`hbi train tiny --data a/b`"
     assert run.data.tags["mlflow.source.name"] == "hbi train tiny" and run.data.tags["mlflow.user"]
 
 
@@ -159,16 +161,15 @@ def test_a_run_that_is_gone_from_the_store_goes_on_anew(
     assert "going on in a new run" in capsys.readouterr().err
 
 
-def test_what_cannot_be_a_number_is_left_out_and_said(
-    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with Tracker(store, "tests", "one", tmp_path / "outbox") as tracker:
+def test_what_cannot_be_a_number_is_left_out_and_said(store: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with Tracker(store, "tests", "one", tmp_path / "outbox", say=lines.append) as tracker:
         tracker.metrics({"loss": "high", "rate": 2.0}, 3)
         tracker.metrics({"loss": 1.0}, 4)
         tracker.artifact(tmp_path / "absent")
     assert history(store, tracker.run_id, "loss") == [(4, 1.0)]
     assert history(store, tracker.run_id, "rate") == [(3, 2.0)]
-    said = capsys.readouterr().err
+    said = "\n".join(lines)
     assert "left out loss of step 3" in said and "was gone before it could be sent" in said
 
 

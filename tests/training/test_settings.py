@@ -1,11 +1,16 @@
-"""Configurations: checked when made, the same after JSON."""
+"""Configurations: checked when made, the same after JSON, and after the command line that MLflow shows."""
 
 import json
+import shlex
+from dataclasses import replace
 
 import pytest
 
+from hbi.commands.training import Train
 from hbi.model.config import LossSettings, ModelConfig, TowerConfig
 from hbi.model.hbi import HBI
+from hbi.training.command import command_line
+from hbi.training.runs.table import RUNS
 from tests.support.training_shards import tiny_model
 
 
@@ -63,3 +68,27 @@ def test_model_fields_are_checked(values: dict, message: str) -> None:
 def test_tower_fields_are_checked(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TowerConfig(**values)
+
+
+def test_the_command_of_a_run_makes_that_run() -> None:
+    usual = RUNS["demo"]
+    config = replace(
+        usual,
+        task=("retrieval", "qa"),
+        model=replace(
+            usual.model,
+            backbone="a folder/it's",
+            word_ratios=(0.5, 0.25),
+            answers=replace(usual.model.answers, head="open"),
+        ),
+        loss=replace(usual.loss, chunk=64),
+        optim=replace(usual.optim, lr=3e-5),
+        evaluate=replace(usual.evaluate, final=()),
+        compute=replace(usual.compute, bf16=True),
+        tracking=replace(usual.tracking, register=False, alias=""),
+    )
+    first, second, *words = shlex.split(command_line(config, "my data", "/out"))
+    assert (first, second) == ("hbi", "train")
+    read = Train.read(words)
+    assert (read.set, read.data, read.out) == (config, "my data", "/out")
+    assert command_line(usual, "shards", "/out") == "hbi train demo --data shards --out /out"

@@ -48,7 +48,7 @@ def train(config: TrainConfig, shards: Path, out: Path, **hooks: Any) -> dict[st
 
 def measured(config: TrainConfig, shards: Path, out: Path) -> Callable:
     config = resolved(config, shards, out)
-    tracker = Tracker("", "", "", out, enabled=False)
+    tracker = Tracker("", "", "", out)
     return evaluation(config, str(shards), str(out), Process.current(), tracker)
 
 
