@@ -6,8 +6,11 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hbi.infra.nodes import on_every_node
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -67,3 +70,17 @@ def sweep_scratch(seconds: float = 0.0) -> None:
         if not root.exists() or time.monotonic() >= deadline:
             return
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def scratch_swept() -> Iterator[None]:
+    """Around work on Ray: what its killed workers left is removed afterwards, on every node.
+
+    Its own errors are passed over, so that what the work raised is what is seen where Ray is lost: who comes next
+    sweeps again.
+    """
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            on_every_node(sweep_scratch, END_SECONDS)

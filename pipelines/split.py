@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from hbi.infra import storage
-from hbi.infra.nodes import on_every_node, require_shared
+from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import ray_running
-from hbi.infra.scratch import END_SECONDS, claim_scratch, sweep_scratch
+from hbi.infra.scratch import claim_scratch, scratch_swept
 from hbi.model.config import FrameSettings
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
@@ -42,10 +42,10 @@ class SplitSettings:
 
     def __post_init__(self) -> None:
         if self.by not in ("stride", "shots"):
-            raise ValueError(f"split: by is {self.by!r}, must be stride or shots")
+            raise ValueError(f"--by {self.by}: must be stride or shots")
         if not 0 < self.min_seconds <= self.seconds:
             raise ValueError(
-                f"split: min_seconds is {self.min_seconds}, must be above 0 and at most seconds ({self.seconds})"
+                f"--min-seconds {self.min_seconds:g}: must be above 0 and at most --seconds ({self.seconds:g})"
             )
 
 
@@ -63,10 +63,8 @@ def split_manifest(manifest: str, out: str, settings: SplitSettings) -> int:
     first = next(rows, None)  # a manifest that will not do is told before Ray starts
     with ray_running():
         require_shared({"MANIFEST": storage.parent(storage.absolute(manifest))})
-        try:
+        with scratch_swept():
             return write_manifest(_split_all(itertools.chain([first] if first else [], rows), settings), out)
-        finally:
-            on_every_node(sweep_scratch, END_SECONDS)
 
 
 def pieces(row: Row, duration: float, cuts: Iterable[float], settings: SplitSettings) -> list[Row]:

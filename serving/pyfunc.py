@@ -95,6 +95,12 @@ def _checked(number: int, row: dict[Any, Any]) -> dict[str, Any]:
     """What is filled of a row's columns."""
     if strange := [str(name) for name in row if name not in COLUMNS]:
         raise ValueError(f"row {number}: no column {', '.join(strange)}; there are {', '.join(COLUMNS)}")
+    for name in ("text", "video", "question"):
+        if isinstance(value := row.get(name), list | tuple | dict):
+            raise ValueError(
+                f"row {number}: `{name}` is {value!r:.60}, must be one string: give several as rows of a table, as in "
+                f'pandas.DataFrame({{"{name}": [...]}})'
+            )
     filled = {name: row[name] for name in ("text", "video", "question") if _is_text(row.get(name))}
     if ("text" in filled) == ("video" in filled):
         raise ValueError(f"row {number}: fill either `text` or `video` (a path), and leave the other empty")

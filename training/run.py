@@ -15,9 +15,9 @@ from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
 from hbi.infra.mlflow.store import client, require_alive, require_answer, tracking_uri
 from hbi.infra.mlflow.tracker import INTERRUPTED
-from hbi.infra.nodes import on_every_node, require_shared
+from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import messages, ray_running
-from hbi.infra.scratch import END_SECONDS, sweep_scratch
+from hbi.infra.scratch import scratch_swept
 from hbi.infra.signals import Interrupted, stop_requests
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
@@ -194,15 +194,14 @@ def _run_on_ray(job: Job) -> Any:
             failure_config=FailureConfig(max_failures=workers.failures, max_preemption_failures=-1),
         ),
     )
-    try:
-        return trainer.fit().return_value
-    except WorkerGroupError as error:
-        rank, failure = min(error.worker_failures.items())
-        raise RuntimeError(
-            f"worker {rank} failed {workers.failures + 1} times, the last with: {failure}"
-        ) from error
-    finally:
-        on_every_node(sweep_scratch, END_SECONDS)
+    with scratch_swept():
+        try:
+            return trainer.fit().return_value
+        except WorkerGroupError as error:
+            rank, failure = min(error.worker_failures.items())
+            raise RuntimeError(
+                f"worker {rank} failed {workers.failures + 1} times, the last with: {failure}"
+            ) from error
 
 
 def _ray_storage(out: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -51,7 +52,7 @@ def load_backbone(name: str) -> tuple[PreTrainedModel, TowerConfig]:
 
     ValueError, in one line, for a checkpoint that is not there, is not whole, or is of no family that we know.
     """
-    where = f"ModelConfig.backbone is {name!r}"
+    where = f"backbone {name}"
     try:
         kind = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
@@ -67,6 +68,10 @@ def load_backbone(name: str) -> tuple[PreTrainedModel, TowerConfig]:
         )
     except OSError as error:
         raise ValueError(f"{where}: its weights are not there ({_first_line(error)})") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{where}: its weights are damaged ({_first_line(error)}): fetch or copy them again"
+        ) from error
     backbone, loading = loaded
     if absent := sorted(loading["missing_keys"]):  # transformers fills them with noise and a warning
         raise ValueError(f"{where}: no whole {title} checkpoint, missing: {', '.join(absent)}")
@@ -78,7 +83,7 @@ def _tower_config(name: str, config: Any, family: str) -> TowerConfig:
     for field in ("hidden_act", "layer_norm_eps"):
         if getattr(text, field) != getattr(vision, field):
             raise ValueError(
-                f"ModelConfig.backbone is {name!r}: its towers differ in {field}, "
+                f"backbone {name}: its towers differ in {field}, "
                 f"{getattr(text, field)} and {getattr(vision, field)}; we know towers that agree"
             )
     squares = family == "siglip2"  # its positions are a square of patches, whatever the pictures' sizes

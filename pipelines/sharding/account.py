@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,31 +54,39 @@ class Accountant:
     verify: bool = False
     """Read the tars too; a record whose tar has other bytes is not true."""
     ended: bool = False
-    """All was made that could be: every record counts, also one of rows that the storage refused."""
+    """All was made that could be: every record counts, unverified, also one of rows that the storage refused."""
 
     def account(self, shards: Slice) -> Account:
         """The account of a slice; if nothing of it is missing, its part of the index is written."""
         found = Account(Summary(self.out))
-        finished = unfinished(self.out, shards.shards)
-        if self.ended:
-            records = read_records(self.out, [shard_plan.name for shard_plan in shards.shards])
-            finished = ((plan, record) for plan, (_, record) in zip(shards.shards, records, strict=True))
-        if self.verify:
-            finished = list(finished)
-            found.damaged = -sum(record is None for _, record in finished)
-            finished = verified(self.out, finished)
         with io.BytesIO() as lines:
             with gzip.open(lines, "wb", compresslevel=1) as stream:
-                for shard_plan, record in finished:
+                for shard_plan, record, damaged in self._records(shards.shards):
+                    found.damaged += damaged
                     if record is None:
                         found.missing.append(shard_plan)
-                        found.damaged += self.verify
                     else:
                         _add(found, record, stream)
             found.failures = lines.getvalue()
         if self.parts and found.index and not found.missing:
             found.index = [self._write_part(shards.name, found)]
         return found
+
+    def _records(
+        self, shard_plans: list[ShardPlan]
+    ) -> Iterator[tuple[ShardPlan, ShardManifest | None, bool]]:
+        """Each shard, its record if that counts, and whether it does not for a tar of other bytes."""
+        if self.ended:
+            recorded = read_records(self.out, [shard_plan.name for shard_plan in shard_plans])
+            for shard_plan, (_, record) in zip(shard_plans, recorded, strict=True):
+                yield shard_plan, record, False
+        elif self.verify:
+            finished = list(unfinished(self.out, shard_plans))
+            for (shard_plan, before), (_, record) in zip(finished, verified(self.out, finished), strict=True):
+                yield shard_plan, record, record is not before
+        else:
+            for shard_plan, record in unfinished(self.out, shard_plans):
+                yield shard_plan, record, False
 
     def _write_part(self, name: str, found: Account) -> dict[str, Any]:
         part = f"{PARTS_FOLDER}/{name}.json"

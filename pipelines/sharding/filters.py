@@ -73,17 +73,17 @@ class FilterSettings:
         ):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"filters: {name} is {value}, must be 0 or more")
+                raise ValueError(f"{_flag(name)} {value}: must be 0 or more")
         for low, high in (("min_seconds", "max_seconds"), ("min_words", "max_words")):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
-                raise ValueError(f"filters: {low} is {least}, above {high} ({most})")
+                raise ValueError(f"{_flag(low)} {least}: must be at most {_flag(high)} ({most})")
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(
-                f"filters: max_aspect is {self.max_aspect}, must be at least 1 (long side over short side)"
+                f"{_flag('max_aspect')} {self.max_aspect}: must be at least 1 (long side over short side)"
             )
         if self.near is not None and not 0 <= self.near <= 16:
-            raise ValueError(f"filters: near is {self.near}, must lie between 0 and 16 bits")
+            raise ValueError(f"{_flag('near')} {self.near}: must lie between 0 and 16 bits")
 
     @property
     def compares(self) -> bool:
@@ -102,6 +102,11 @@ class FilterSettings:
 
 
 # --- A clip by itself -----------------------------------------------------------------------------------------------
+
+
+def _flag(name: str) -> str:
+    """What a field is called where it is given."""
+    return f"--filters.{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)

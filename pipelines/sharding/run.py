@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from hbi.infra import storage
 from hbi.infra.claim import claimed
-from hbi.infra.nodes import on_every_node, require_shared
+from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import messages, ray_running
-from hbi.infra.scratch import END_SECONDS, sweep_scratch
+from hbi.infra.scratch import scratch_swept
 from hbi.pipelines.sharding import dedup, records
 from hbi.pipelines.sharding.account import MANY, Account, Accountant
 from hbi.pipelines.sharding.plan import FOLDER, Plan, ShardPlan, Slice, plan, slices
@@ -65,13 +65,11 @@ def shard(
             if not many:
                 _start_ray(stack, places, summary)
             clock, started = time.monotonic(), summary.start_seconds
-            try:
+            with scratch_swept():
                 _make(out, planned, missing, settings, summary)
-            finally:
-                on_every_node(sweep_scratch, END_SECONDS)
             summary.work_seconds = time.monotonic() - clock - (summary.start_seconds - started)
             again = [number for number, found in enumerate(accounts) if found.missing]
-            ended = replace(accountant, verify=False, ended=True)
+            ended = replace(accountant, ended=True)
             made = _accounts(ended, [of_plan[number] for number in again], many)
             for number, found in zip(again, made, strict=True):
                 accounts[number] = found

@@ -34,15 +34,19 @@ class ShardSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming a field whose value cannot be meant."""
+        rules = {
+            "frames": (self.frames >= 1, "at least 1"),
+            "size": (1 <= self.size <= 4096, "between 1 and 4096 pixels"),
+            "fps": (0 < self.fps < float("inf"), "above 0"),
+            "samples_per_shard": (self.samples_per_shard >= 1, "at least 1"),
+            "jpeg_quality": (1 <= self.jpeg_quality <= 100, "between 1 and 100"),
+            "clip_memory": (self.clip_memory >= 64, "at least 64 MiB"),
+            "clip_timeout": (self.clip_timeout > 0, "above 0 seconds"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {rule}")
         _ = self.frame_settings
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {self.samples_per_shard}, must be at least 1")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality is {self.jpeg_quality}, must lie between 1 and 100")
-        if self.clip_memory < 64:
-            raise ValueError(f"clip_memory is {self.clip_memory}, must be at least 64 MiB")
-        if self.clip_timeout <= 0:
-            raise ValueError(f"clip_timeout is {self.clip_timeout}, must be above 0 seconds")
 
     @property
     def frame_settings(self) -> FrameSettings:

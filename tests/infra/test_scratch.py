@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hbi.infra import scratch
 
 CODE = """
@@ -41,3 +43,16 @@ def test_what_a_killed_process_left_is_removed_and_the_living_keep_theirs(tmp_pa
     living.communicate()
     scratch.sweep_scratch(seconds=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_fails_hides_no_error(monkeypatch):
+    def lost(*arguments: object) -> None:
+        raise ConnectionError("Ray is gone")
+
+    monkeypatch.setattr(scratch, "on_every_node", lost)
+    with pytest.raises(ValueError, match="clip 7 is no video"), scratch.scratch_swept():
+        raise ValueError("clip 7 is no video")
+    with pytest.raises(KeyboardInterrupt), scratch.scratch_swept():
+        raise KeyboardInterrupt
+    with scratch.scratch_swept():
+        pass

@@ -107,10 +107,20 @@ def test_a_backbone_with_holes(clip: CLIPModel, tmp_path: Path) -> None:
             build_model(ModelConfig(backbone=str(tmp_path), words=10))
 
 
+def test_a_backbone_that_was_cut_off(clip: CLIPModel, tmp_path: Path) -> None:
+    clip.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(
+        ValueError, match=rf"backbone {tmp_path}: its weights are damaged \(.*\): fetch or copy"
+    ):
+        build_model(ModelConfig(backbone=str(tmp_path), words=10))
+
+
 def test_a_backbone_that_is_not_there(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=r"ModelConfig.backbone is .*: no CLIP checkpoint there"):
+        with pytest.raises(ValueError, match=r"backbone .*: no CLIP checkpoint there"):
             build_model(ModelConfig(backbone=str(tmp_path / "none")))
 
 

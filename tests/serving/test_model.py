@@ -319,13 +319,17 @@ def test_the_package_answers_each_row(package: Any, full: Model, videos: list[st
         (pd.DataFrame({"sentence": ["red"]}), "row 0: no column sentence; there are text, video"),
         ([{"text": "red"}, {"text": ""}], "row 1: fill either `text` or `video`"),
         ([{"text": "red", "video": "a.mp4"}], "row 0: fill either `text` or `video`"),
+        (
+            [{"text": ["red", "blue"]}],
+            r"row 0: `text` is \['red', 'blue'\], must be one string: give several as rows",
+        ),
         ([1], "row 0: fill either `text` or `video`"),
         ([{"question": "what?"}], "row 0: fill either `text` or `video`"),
         ([{"text": "red", "question": "what?"}], "row 0: a `question` is about a video"),
         ([{"video": "a.mp4", "answers": ["x", "y"]}], "row 0: `answers` belong to a `question`"),
         ([{"video": "a.mp4", "question": "?", "answers": "x"}], "row 0: `answers` is 'x', must be a list"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_the_package_passes_over_nothing(package: Any, given: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
