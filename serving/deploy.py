@@ -21,8 +21,8 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from hbi.serving.engine import Engine, NewClip, Page, Span, unknown
-from hbi.serving.index.rows import Clip, IndexUnavailable
+from hbi.serving.engine import Engine, NewClip, Page, Span
+from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.index.table import ClipTable, IdInUse
 from hbi.serving.media import remove_strays
 from hbi.serving.refusal import Refused
@@ -133,19 +133,19 @@ class Writer:
 
     @answered
     async def remove(self, id: str) -> dict[str, Any]:
-        """Removes a clip; its source, and how many are left."""
-        try:
-            clip = await asyncio.to_thread(self._remove, id)
-        except KeyError:
-            raise unknown(id) from None
+        """Removes a clip; its source, and how many are left. The same request again changes nothing, and has none."""
+        source = await asyncio.to_thread(self._remove, id)
         self._look_after()
-        return {"source": clip.source, "videos": await self._rows()}
+        return {"source": source, "videos": await self._rows()}
 
-    def _remove(self, id: str) -> Clip:
+    def _remove(self, id: str) -> str | None:
         with self.turn:
-            clip = self.table.snapshot().clip(id)
-            self.table.remove([id])
-            return clip
+            try:
+                clip = self.table.snapshot().clip(id)
+                self.table.remove([id])
+            except KeyError:
+                return None
+            return clip.source
 
     async def _rows(self) -> int | None:
         """How many clips there are; None where the storage fails now that the write is done."""

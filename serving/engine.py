@@ -22,9 +22,16 @@ from hbi.model.weights import load_model
 from hbi.pipelines.decoding.clip import Clip as DecodedClip
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows, thumbnails
+from hbi.serving.encode import (
+    Sentence,
+    encode_sentences,
+    encode_video,
+    encoded_rows,
+    model_digest,
+    thumbnails,
+)
 from hbi.serving.explain import interactions
-from hbi.serving.index.rows import Clip, labelled, rows_of
+from hbi.serving.index.rows import Clip, IndexUnavailable, labelled, rows_of
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
 from hbi.serving.index.table import ClipTable
@@ -93,9 +100,19 @@ class Engine:
         """model: a folder or a pinned name, resolved on this machine. ValueError says what is missing."""
         folder = resolve_model(model, tracking)
         self.model = Model(load_model(folder), load_tokenizer(folder), "cuda" if gpu else "cpu")
-        self.table = ClipTable.open(index)
+        self._table = ClipTable.open(index)
+        self._made_it = model_digest(folder) == self._table.metadata.digest
         self.thumbnail_pixels = thumbnail_pixels
         self._decoding = threading.Lock()
+
+    @property
+    def table(self) -> ClipTable:
+        """The index. IndexUnavailable where it is another model's: made anew before this process was started anew."""
+        if not self._made_it:
+            raise IndexUnavailable(
+                f"{self._table.folder}: another model made the index that lies there now: start `hbi serve` anew"
+            )
+        return self._table
 
     def encode(self, texts: Sequence[str]) -> list[Sentence]:
         """Sentences to tokens, all at once."""

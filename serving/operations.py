@@ -220,9 +220,10 @@ class Front:
 
     async def remove(self, id: str) -> Response:
         """Removes a clip, and the file that came with it."""
-        await self.clip(id)
+        held = await self.clip(id)
         answer = await self.backend.ask("writer", "remove", id)
-        await self._forget(answer.pop("source"))
+        # A writer that died behind its commit was asked again, and found nothing.
+        await self._forget(answer.pop("source") or held.source)
         await self._look_again()
         return Plain({"id": id} | answer)
 

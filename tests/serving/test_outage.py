@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from hbi.serving.app import build_api
 from hbi.serving.deploy import Backend, Writer, to_stream
@@ -18,7 +20,6 @@ from hbi.serving.index import table as table_module
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.index.table import ClipTable, IndexMetadata
 from hbi.serving.operations import Front
-from hbi.serving.refusal import Refused
 from hbi.serving.settings import ServeSettings
 from tests.serving.conftest import TOWERS, make_model
 from tests.support.asking import Answer, form, through
@@ -37,17 +38,25 @@ class Here(Backend):
     """A replica and the writer in this process: the application as it is, without Ray between its parts."""
 
     def __init__(self, model: str, index: str) -> None:
+        super().__init__(None, self, 60.0)
         self.engine = Engine(model, "", index)
         self.writer = Writer(index)
         self.after_writing: Any = lambda: None
 
+    def __getattr__(self, method: str) -> Any:
+        """A method of the writer, as its handle has it."""
+
+        async def remote(*args: Any) -> Any:
+            answer = await getattr(self.writer, method)(*args)
+            if answer[0] == 200:
+                self.after_writing()
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
     async def ask(self, whom: str, method: str, *args: Any, patience: float = 1.0) -> Any:
         if whom == "writer":
-            status, content, headers = await getattr(self.writer, method)(*args)
-            if status != 200:
-                raise Refused(status, content, headers)
-            self.after_writing()
-            return content
+            return await super().ask(whom, method, *args, patience=patience)
         if method == "find":
             args = (self.engine.encode([args[0]])[0], *args[1:])
         found = await asyncio.to_thread(getattr(self.engine, method), *args)
@@ -138,6 +147,31 @@ def test_what_was_added_stays_added_when_the_outage_begins_behind_it(site: Site)
     assert site.ask("DELETE", "/videos/added").status == 200
     site.recover()
     assert site.ask("GET", "/media/added").status == 404
+
+
+def test_a_writer_that_dies_behind_its_commit_is_asked_again_and_has_done_it(site: Site) -> None:
+    def die() -> None:
+        site.backend.after_writing = lambda: None
+        raise RayActorError
+
+    site.backend.after_writing = die
+    assert site.upload("kept").status == 201
+    site.backend.after_writing = die
+    answer = site.ask("DELETE", "/videos/kept")
+    assert (answer.status, answer.json) == (200, {"id": "kept", "videos": 0})
+    assert site.uploads == []
+    assert site.ask("DELETE", "/videos/kept").status == 404
+
+
+def test_a_replica_started_anew_on_the_index_of_another_model_says_so(site: Site, tmp_path: Path) -> None:
+    site.backend.engine = Engine(make_model(tmp_path / "other", 1), "", site.index)
+    for answer in (site.ask("POST", "/search", SEARCH), site.upload("new")):
+        assert answer.status == 503
+        assert (
+            answer.detail
+            == f"{site.index}: another model made the index that lies there now: start `hbi serve` anew"
+        )
+    assert site.uploads == []
 
 
 def test_a_server_that_accepts_and_says_nothing_is_an_outage_too(
