@@ -5,11 +5,15 @@ Light on purpose (numpy and Pillow): decode processes start from it. torch is im
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from hbi.model.config import FrameSettings
+
+if TYPE_CHECKING:
+    import torch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -76,10 +80,10 @@ def from_jpegs(jpegs: Sequence[bytes]) -> np.ndarray:
 
 
 def normalise(
-    video: "torch.Tensor",  # type: ignore[name-defined]
+    video: "torch.Tensor",
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
-) -> "torch.Tensor":  # type: ignore[name-defined]
+) -> "torch.Tensor":
     """uint8 [..., height, width, 3] -> float32 [..., 3, height, width]: (x / 255 - mean) / std, by default CLIP's.
 
     Colours stay next to each other in memory: convolutions are faster so, and nothing is copied.

@@ -266,7 +266,7 @@ class HBI(nn.Module):
             level: pair[1] for level, pair in pairs.items()
         }
 
-    def rerank(self, text: Tokens, video: Tokens, level: str = "entity") -> Float[Tensor, "batch"]:
+    def rerank(self, text: Tokens, video: Tokens, level: str = "entity") -> Float[Tensor, " batch"]:
         """The similarity of each text with the video of its own row, of tokens rebuilt with each other's help.
 
         For the few candidates that a search found: a text that is asked about many videos is repeated. ValueError where

@@ -97,7 +97,7 @@ def hbi_loss(
     first: int,
     settings: LossSettings,
     batch: int,
-    videos: Int[Tensor, "candidates"] | None = None,
+    videos: Int[Tensor, " candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The share of these rows in the loss of the whole batch; the shares of all the ranks add up to the loss.
 
@@ -152,7 +152,7 @@ def text_similarities(
     text: dict[str, Tokens],
     video: dict[str, Tokens],
     settings: LossSettings,
-    numbers: Int[Tensor, "videos"] | None = None,
+    numbers: Int[Tensor, " videos"] | None = None,
 ) -> dict[str, Float[Tensor, "texts videos"]]:
     """Every text with every video, at `compared_levels`; numbers: `videos` of `hbi_loss`."""
     found = {}
@@ -164,7 +164,7 @@ def text_similarities(
 
 
 def _each_once(
-    text: Tokens, video: Tokens, numbers: Int[Tensor, "videos"] | None, chunk: int
+    text: Tokens, video: Tokens, numbers: Int[Tensor, " videos"] | None, chunk: int
 ) -> Float[Tensor, "texts videos"]:
     """`weighted_similarity`; neighbours of the same number are the same video, and are compared once."""
     if numbers is None:
@@ -180,7 +180,7 @@ def loss_of_similarities(
     first: int,
     settings: LossSettings,
     batch: int,
-    videos: Int[Tensor, "candidates"] | None = None,
+    videos: Int[Tensor, " candidates"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """`hbi_loss` with the exact objective, from the similarities of the local rows with the whole batch."""
     targets = interaction_targets(local, settings) if settings.interaction else {}
@@ -226,7 +226,9 @@ def _both_ways(scale: Tensor, with_videos: Tensor, with_texts: Tensor | None) ->
     return of_texts, of_texts.T if with_texts is None else scale * with_texts
 
 
-def _other_pairs(videos: Int[Tensor, "candidates"], first: int, rows: int) -> Bool[Tensor, "rows candidates"]:
+def _other_pairs(
+    videos: Int[Tensor, " candidates"], first: int, rows: int
+) -> Bool[Tensor, "rows candidates"]:
     """Which candidates have the video of each row, but are another pair."""
     same = videos[first : first + rows, None] == videos
     same.diagonal(first).fill_(False)

@@ -40,7 +40,7 @@ Correction = Callable[[Float[Tensor, "rows gallery"]], Float[Tensor, "rows galle
 
 def retrieval_metrics(
     similarity: Matrix,
-    video_of_text: Int[Tensor, "_"] | Int[np.ndarray, "_"] | list[int] | None = None,
+    video_of_text: Int[Tensor, " _"] | Int[np.ndarray, " _"] | list[int] | None = None,
     *,
     dsl_temperature: float | None = None,
     text_bank: Float[Tensor, "bank_texts videos"] | None = None,
@@ -91,7 +91,7 @@ def retrieval_metrics(
 
 
 def best_of_captions(
-    scores: Float[Tensor, "texts columns"], video_of_text: Int[Tensor, "texts"]
+    scores: Float[Tensor, "texts columns"], video_of_text: Int[Tensor, " texts"]
 ) -> Float[Tensor, "captioned columns"]:
     """For each video that has texts, in the order of their numbers, the best score of its texts in each column."""
     videos, own = video_of_text.unique(return_inverse=True)
@@ -99,7 +99,7 @@ def best_of_captions(
     return best.scatter_reduce_(0, own[:, None].expand_as(scores), scores, "amax")
 
 
-def recall_curve(ranks: Float[Tensor, "queries"], longest: int) -> Float[Tensor, "longest"]:
+def recall_curve(ranks: Float[Tensor, " queries"], longest: int) -> Float[Tensor, " longest"]:
     """R@K in percent for K = 1 … `longest`, of expected ranks (a picture's precision: ties count by their mean)."""
     at = torch.arange(1, longest + 1, device=ranks.device, dtype=ranks.dtype)
     return 100 * torch.searchsorted(ranks.sort().values, at, right=True).to(ranks.dtype) / len(ranks)
@@ -110,10 +110,10 @@ def recall_curve(ranks: Float[Tensor, "queries"], longest: int) -> Float[Tensor,
 
 def query_ranks(
     scores: Float[Tensor, "queries gallery"],
-    query_label: Int[Tensor, "queries"],
-    gallery_label: Int[Tensor, "gallery"],
+    query_label: Int[Tensor, " queries"],
+    gallery_label: Int[Tensor, " gallery"],
     correction: Correction | None = None,
-) -> tuple[Float[Tensor, "answered"], Float[Tensor, "answered at"]]:
+) -> tuple[Float[Tensor, " answered"], Float[Tensor, "answered at"]]:
     """Expected rank, and probability of a rank of at most each K of `RECALL_AT`, of every query that has a positive.
 
     A gallery entry is positive where its label equals the query's. `correction` maps a block of rows (float64) to
@@ -146,8 +146,8 @@ def query_ranks(
 
 
 def _probability_within(
-    m: Float[Tensor, "queries"], e: Float[Tensor, "queries"], p: Float[Tensor, "queries"]
-) -> Float[Tensor, "queries"]:
+    m: Float[Tensor, " queries"], e: Float[Tensor, " queries"], p: Float[Tensor, " queries"]
+) -> Float[Tensor, " queries"]:
     """P(one of p positives is among the first m of e + p shuffled) = 1 - prod_{i<m} (e - i) / (e + p - i)."""
     missed = torch.ones_like(m)
     for i in range(max(RECALL_AT)):
@@ -159,8 +159,8 @@ def _probability_within(
 def _summary(
     name: str,
     scores: Float[Tensor, "queries gallery"],
-    query_label: Int[Tensor, "queries"],
-    gallery_label: Int[Tensor, "gallery"],
+    query_label: Int[Tensor, " queries"],
+    gallery_label: Int[Tensor, " gallery"],
     correction: Correction | None,
 ) -> dict[str, float]:
     ranks, within = query_ranks(scores, query_label, gallery_label, correction)
@@ -174,8 +174,8 @@ def _summary(
 
 
 def _text_labels(
-    video_of_text: Int[Tensor, "_"] | Int[np.ndarray, "_"] | list[int] | None, texts: int, videos: int
-) -> Int[Tensor, "texts"]:
+    video_of_text: Int[Tensor, " _"] | Int[np.ndarray, " _"] | list[int] | None, texts: int, videos: int
+) -> Int[Tensor, " texts"]:
     if video_of_text is None:
         if texts != videos:
             raise ValueError(
@@ -198,7 +198,7 @@ QUERYBANK_TEMPERATURE = 0.05
 """1 / beta with the published beta = 20, for cosines."""
 
 
-def column_log_sums(scores: Float[Tensor, "rows columns"], temperature: float) -> Float[Tensor, "columns"]:
+def column_log_sums(scores: Float[Tensor, "rows columns"], temperature: float) -> Float[Tensor, " columns"]:
     """log sum_r exp(scores[r, c] / temperature) for every column c, float64, in blocks of columns."""
     step = max(1, BLOCK // scores.shape[0])
     blocks = scores.split(step, dim=1)
@@ -207,7 +207,7 @@ def column_log_sums(scores: Float[Tensor, "rows columns"], temperature: float) -
 
 def dual_softmax(
     similarity: Float[Tensor, "queries gallery"],
-    log_sums: Float[Tensor, "gallery"],
+    log_sums: Float[Tensor, " gallery"],
     temperature: float = 0.01,
 ) -> Float[Tensor, "queries gallery"]:
     """DSL: s[q, g] * softmax over queries of s[:, g] / temperature, for some rows q of the matrix.
@@ -227,7 +227,7 @@ def querybank_hubs(bank: Float[Tensor, "bank gallery"]) -> torch.Tensor:
 
 def querybank_norm(
     similarity: Float[Tensor, "queries gallery"],
-    log_sums: Float[Tensor, "gallery"],
+    log_sums: Float[Tensor, " gallery"],
     hubs: torch.Tensor,
     temperature: float = QUERYBANK_TEMPERATURE,
 ) -> Float[Tensor, "queries gallery"]:

@@ -33,7 +33,7 @@ def pair_similarity(text: Tokens, video: Tokens) -> Float[Tensor, "batch words f
     return cosines * (text.mask[:, :, None] & video.mask[:, None, :])
 
 
-def matched_similarity(text: Tokens, video: Tokens, padding: Padding = "absent") -> Float[Tensor, "batch"]:
+def matched_similarity(text: Tokens, video: Tokens, padding: Padding = "absent") -> Float[Tensor, " batch"]:
     """The diagonal of `weighted_similarity`: each text with the video of its own row, in linear memory."""
     with _full_precision(text.tokens):
         cosines = pair_similarity(text, video)

@@ -317,7 +317,7 @@ def _pooled(tokens: Tokens) -> Float[np.ndarray, "batch dim"]:
     return torch.einsum("bn,bnd->bd", tokens.weights().float(), unit).cpu().numpy()
 
 
-def _ranked(names: Sequence[str], shares: Float[Tensor, "names"]) -> list[tuple[str, float]]:
+def _ranked(names: Sequence[str], shares: Float[Tensor, " names"]) -> list[tuple[str, float]]:
     order: list[int] = shares.argsort(descending=True, stable=True).tolist()
     return [(names[i], float(shares[i])) for i in order]
 

@@ -44,7 +44,7 @@ def contrast(
     settings: LossSettings,
     group: dist.ProcessGroup | None = None,
     exchange: ExchangeSettings = GATHERED,
-    videos: Int[Tensor, "batch"] | None = None,
+    videos: Int[Tensor, " batch"] | None = None,
     asked: Sizes | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """This rank's part of each loss, scaled so that the mean over ranks is the loss of the global batch.
@@ -72,7 +72,7 @@ def contrast(
 
 
 def global_numbers(
-    videos: Int[Tensor, "batch"], sizes: list[int], group: dist.ProcessGroup | None = None
+    videos: Int[Tensor, " batch"], sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Int[Tensor, "global"]:
     """A number for the video of each pair of the global batch, from the ranks' own numbers."""
     ours = torch.stack([torch.full_like(videos, dist.get_rank(group)), videos], 1).float()

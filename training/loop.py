@@ -380,7 +380,7 @@ class Training:
 
 
 @torch.no_grad()
-def finite_clips(encoded: Encoded) -> Bool[Tensor, "batch"]:
+def finite_clips(encoded: Encoded) -> Bool[Tensor, " batch"]:
     """Which clips the encoders, caption or video, made numbers of."""
     sides = (encoded.text["entity"].tokens, encoded.video["entity"].tokens)
     return torch.stack([side.isfinite().flatten(1).all(1) for side in sides]).all(0)

@@ -44,7 +44,7 @@ class StepMetrics:
         wait: float,
         losses: dict[str, Tensor],
         norm: Tensor,
-        finite: Bool[Tensor, "batch"],
+        finite: Bool[Tensor, " batch"],
     ) -> None:
         """Adds the ranks' numbers of a step; one collective. finite: which clips the encoders made numbers of."""
         for shard, reason in batch.bad:

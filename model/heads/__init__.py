@@ -24,7 +24,7 @@ class HeadInputs(NamedTuple):
 
     task: Literal["qa", "caption"]
     """Which head."""
-    video_of_text: Int[Tensor, "texts"]
+    video_of_text: Int[Tensor, " texts"]
     """The row of the video that each text belongs to: several texts may share one, which is encoded once."""
     candidates: tuple[Int[Tensor, "answers words"], Bool[Tensor, "answers words"]] | None = None
     """Ids and mask of the answers that are scored, for head `open`."""

@@ -31,11 +31,11 @@ class Marks(NamedTuple):
 class NextWord(Protocol):
     """What a search writes with; `CachedDecoder` is one."""
 
-    def next(self, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocabulary"]:
+    def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocabulary"]:
         """Log probabilities of the word after the latest of each row."""
         ...
 
-    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Goes on with these rows."""
         ...
 

@@ -150,7 +150,7 @@ class CachedDecoder:
         self.past: list[KeysValues | None] = [None] * len(self.video)
         self.written = 0
 
-    def next(self, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocabulary"]:
+    def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocabulary"]:
         """Log probabilities of the word after these, the latest words of each row; as many rows for each video."""
         x = self.decoder._embedded(tokens[:, None], self.written, self.table)
         for number, block in enumerate(self.decoder.blocks):
@@ -158,7 +158,7 @@ class CachedDecoder:
         self.written += 1
         return self.decoder._logits(x, self.table)[:, 0].log_softmax(-1)
 
-    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Goes on with these rows of the past, each as often as it is named."""
         self.past = [None if past is None else (past[0][rows], past[1][rows]) for past in self.past]
 

@@ -120,7 +120,7 @@ def combined(logits: dict[str, Float[Tensor, "questions answers"]]) -> Float[Ten
 
 
 def answer_loss(
-    logits: dict[str, Float[Tensor, "questions answers"]], labels: Int[Tensor, "questions"]
+    logits: dict[str, Float[Tensor, "questions answers"]], labels: Int[Tensor, " questions"]
 ) -> Float[Tensor, ""]:
     """Sum over the questions of the levels' mean cross entropy."""
     each = [cross_entropy(logits[level], labels, reduction="sum") for level in LEVELS]

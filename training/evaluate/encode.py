@@ -38,7 +38,7 @@ class EncodedSplit:
     """Tokens of the texts at each level that counts."""
     video: dict[str, Tokens]
     """Tokens of the videos at each level that counts."""
-    video_of_text: Int[Tensor, "texts"]
+    video_of_text: Int[Tensor, " texts"]
     """Which video each text describes."""
     ids: list[str] = field(repr=False)
     """The videos' ids."""

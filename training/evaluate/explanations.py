@@ -93,7 +93,7 @@ class Match:
             self.model.video_levels(frames, video_mask)["entity"],
         )
 
-    def by_word(self, of_tokens: Float[Tensor, "tokens *rest"]) -> Float[Tensor, "words *rest"]:
+    def by_word(self, of_tokens: Float[Tensor, " tokens *rest"]) -> Float[Tensor, " words *rest"]:
         """Sums of the pieces of each word; marks fall away."""
         piece = self.word_of_token >= 0
         nothing = torch.zeros(self.words, *of_tokens.shape[1:])

@@ -37,7 +37,7 @@ class EvalResult:
     """By name: `val/t2v/R@1`, ..., and how many texts and videos there were. The same on all ranks."""
     similarity: Float[Tensor, "texts videos"] | None = field(repr=False)
     """The scores, on the CPU of the first rank; None on others."""
-    video_of_text: Int[Tensor, "texts"] = field(repr=False)
+    video_of_text: Int[Tensor, " texts"] = field(repr=False)
     """Which video (column) each text (row) describes."""
     ids: list[str] = field(repr=False)
     """The videos' ids."""

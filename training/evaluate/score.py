@@ -26,7 +26,7 @@ class _Side(NamedTuple):
 
     directions: Float[Tensor, "batch n dim"]
     weights: Float[Tensor, "batch n"]
-    lengths: Int[Tensor, "batch"]
+    lengths: Int[Tensor, " batch"]
 
 
 def score(
@@ -95,7 +95,7 @@ def _side(tokens: Tokens, padding_is_zero: bool, products: torch.dtype) -> _Side
     return _Side(torch.where(present, directions, repeated), tokens.weights(), lengths)
 
 
-def _rows(lengths: Int[Tensor, "texts"], tokens: int) -> list[tuple[Int[Tensor, "rows"], int]]:
+def _rows(lengths: Int[Tensor, " texts"], tokens: int) -> list[tuple[Int[Tensor, " rows"], int]]:
     """Texts in the order of their lengths, as many at once as have about so many tokens, and the longest's length."""
     order = lengths.argsort(stable=True)
     ordered = lengths[order].tolist()
