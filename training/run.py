@@ -13,8 +13,8 @@ from typing import Any
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import lineage
 from hbi.infra.mlflow.registry import ModelPackage, NewVersion, better_holder, log_and_register
+from hbi.infra.mlflow.sending import INTERRUPTED
 from hbi.infra.mlflow.store import client, require_alive, require_answer, tracking_uri
-from hbi.infra.mlflow.tracker import INTERRUPTED
 from hbi.infra.nodes import require_shared
 from hbi.infra.ray_runtime import messages, ray_running
 from hbi.infra.scratch import scratch_swept

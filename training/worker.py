@@ -15,7 +15,8 @@ import torch
 
 from hbi.infra import storage
 from hbi.infra.mlflow.lineage import Shards, lineage, origin
-from hbi.infra.mlflow.tracker import INTERRUPTED, Tracker
+from hbi.infra.mlflow.sending import INTERRUPTED
+from hbi.infra.mlflow.tracker import Tracker
 from hbi.infra.nodes import cores
 from hbi.infra.ray_runtime import Line
 from hbi.model.hbi import HBI

@@ -17,6 +17,10 @@ UPLOAD_TRIES = 3
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 8000
 """MLflow's limits on one request and on one value."""
+RUNNING = "RUNNING"
+"""The status of a run that is taken up again."""
+INTERRUPTED = "interrupted"
+"""Tag of a run that ended early and can go on; it is gone when the run does."""
 
 
 Written = dict[str, set[int]]
@@ -42,21 +46,15 @@ def send(
 
     written: of a run that is taken up again; what it has is looked up, and a step that has a value gets no second one.
     """
-    from mlflow.entities import Metric, RunTag
+    from mlflow.entities import RunTag
 
-    metrics = []
-    for event in events:
-        for key, value in event["values"].items() if event["kind"] == "metrics" else ():
-            name, step = mlflow_name(key), event["step"]
-            if written is not None and not name.startswith("system/"):
-                if name not in written:
-                    written[name] = {point.step for point in store.get_metric_history(run_id, name)}
-                if step in written[name]:
-                    continue
-                written[name].add(step)
-            metrics.append(Metric(name, value, round(event["time"] * 1000), step))
-    for first in range(0, len(metrics), METRICS_PER_REQUEST):
-        store.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+    while (again := _taken_up(events)) is not None:  # what came before is of an earlier process, its end too
+        send(store, run_id, events[:again], outbox, written, say)
+        store.update_run(run_id, RUNNING)
+        if INTERRUPTED in store.get_run(run_id).data.tags:
+            store.delete_tag(run_id, INTERRUPTED)
+        events = events[again + 1 :]
+    _send_metrics(store, run_id, events, written)
     params = {
         key: value for event in events if event["kind"] == "params" for key, value in event["values"].items()
     }
@@ -74,6 +72,33 @@ def send(
             store.log_inputs(run_id, [_dataset_input(event)])
         elif event["kind"] == "status":
             store.set_terminated(run_id, event["status"], round(event["time"] * 1000))
+
+
+def _send_metrics(store: "MlflowClient", run_id: str, events: list[Event], written: Written | None) -> None:
+    from mlflow.entities import Metric
+
+    metrics: list[Metric] = []
+    now: Written = {}
+    for event in events:
+        for key, value in event["values"].items() if event["kind"] == "metrics" else ():
+            name, step = mlflow_name(key), event["step"]
+            if written is not None and not name.startswith("system/"):
+                if name not in written:
+                    written[name] = {point.step for point in store.get_metric_history(run_id, name)}
+                if step in written[name] or step in now.setdefault(name, set()):
+                    continue
+                now[name].add(step)
+            metrics.append(Metric(name, value, round(event["time"] * 1000), step))
+    for first in range(0, len(metrics), METRICS_PER_REQUEST):
+        store.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+    if written is not None:
+        for name, steps in now.items():  # only now: what fails is sent again
+            written[name] |= steps
+
+
+def _taken_up(events: list[Event]) -> int | None:
+    """Where a process took the run up, the first time."""
+    return next((number for number, event in enumerate(events) if event.get("status") == RUNNING), None)
 
 
 def _dataset_input(event: Event) -> "DatasetInput":

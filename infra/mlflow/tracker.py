@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hbi.infra.mlflow.lineage import Shards
 from hbi.infra.mlflow.machine import MachineMonitor
 from hbi.infra.mlflow.outbox import Event, Outbox
-from hbi.infra.mlflow.sending import Say, Written, replay, send, tell
+from hbi.infra.mlflow.sending import RUNNING, Say, Written, replay, send, tell
 from hbi.infra.mlflow.store import client, experiment_id, first_line, require_alive, require_answer, shown
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ CLOSE_SECONDS = 20.0
 """How long `close` waits for what is still to be sent."""
 SYSTEM_SECONDS = 10.0
 """Between two measurements of the machine."""
-INTERRUPTED = "interrupted"
-"""Tag of a run that ended early and can go on; it is gone when the run does."""
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -79,6 +77,8 @@ class Tracker:
         self.run_id = self._open_run(experiment, run_name, run_id)
         self.outbox = Outbox(Path(outbox) / f"{self.run_id}.jsonl")
         self.queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        if run_id:  # behind what an earlier process said of its end, which may not have been sent
+            self._put({"kind": "status", "status": RUNNING, "time": time.time()})
         # A daemon: a server that hangs must not keep the process from ending; the outbox has what it holds.
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self.thread.start()
@@ -149,7 +149,7 @@ class Tracker:
             self.queue.put(event)
 
     def _open_run(self, experiment: str, run_name: str, run_id: str | None) -> str:
-        """The id of a new run, or of the old one, which is running again."""
+        """The id of a new run, or of the old one."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -162,11 +162,7 @@ class Tracker:
         tags = {}
         if run_id:
             try:
-                held = store.get_run(run_id)
-                if held.info.lifecycle_stage == "active":
-                    store.update_run(run_id, "RUNNING")
-                    if INTERRUPTED in held.data.tags:
-                        store.delete_tag(run_id, INTERRUPTED)
+                if store.get_run(run_id).info.lifecycle_stage == "active":
                     return run_id
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":

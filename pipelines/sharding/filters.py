@@ -83,7 +83,7 @@ class FilterSettings:
                 f"{_flag('max_aspect')} {self.max_aspect}: must be at least 1 (long side over short side)"
             )
         if self.near is not None and not 0 <= self.near <= 16:
-            raise ValueError(f"{_flag('near')} {self.near}: must lie between 0 and 16 bits")
+            raise ValueError(f"{_flag('near')} {self.near}: must be between 0 and 16 bits")
 
     @property
     def compares(self) -> bool:

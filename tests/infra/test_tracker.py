@@ -14,7 +14,7 @@ from hbi.infra.mlflow import store as stores
 from hbi.infra.mlflow import tracker as tracking
 from hbi.infra.mlflow.lineage import Shards, lineage, origin
 from hbi.infra.mlflow.outbox import Outbox
-from hbi.infra.mlflow.sending import replay
+from hbi.infra.mlflow.sending import INTERRUPTED, replay
 from hbi.infra.mlflow.store import shown
 from hbi.infra.mlflow.tracker import Tracker
 from tests.support.mlflow_server import Server
@@ -125,6 +125,35 @@ def test_a_resumed_run_goes_on_and_says_what_changed(store: str, tmp_path: Path)
     assert history(store, first.run_id, "loss") == [(0, 1.0), (1, 0.5)]
 
 
+def test_a_run_that_goes_on_is_running_whatever_is_sent_late(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: Any) -> None:
+        raise OSError("the server is away")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(tracking, "send", away)
+        with pytest.raises(KeyboardInterrupt), Tracker(store, "tests", "one", tmp_path / "outbox") as first:
+            first.tags({INTERRUPTED: "stopped at step 1: run again to go on"})
+            raise KeyboardInterrupt
+    assert first.unsent == 2
+    with Tracker(store, "tests", "one", tmp_path / "outbox", run_id=first.run_id) as second:
+        second.metrics({"loss": 1.0}, 1)
+        wait_for(lambda: history(store, first.run_id, "loss") == [(1, 1.0)], 30)
+        wait_for(lambda: second.outbox.waiting == 0, 30)
+        run = stores.client(store).get_run(first.run_id)
+        assert run.info.status == "RUNNING" and INTERRUPTED not in run.data.tags
+    assert stores.client(store).get_run(first.run_id).info.status == "FINISHED"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Tracker(store, "tests", "one", tmp_path / "outbox", first.run_id) as third,
+    ):
+        third.tags({INTERRUPTED: "stopped at step 2"})  # sent at once with its beginning
+        raise KeyboardInterrupt
+    run = stores.client(store).get_run(first.run_id)
+    assert (run.info.status, run.data.tags[INTERRUPTED]) == ("KILLED", "stopped at step 2")
+
+
 def test_a_step_is_written_once_whatever_is_sent_again(store: str, tmp_path: Path) -> None:
     with Tracker(store, "tests", "one", tmp_path / "outbox") as first:
         for step in (1, 2, 3, 5):
@@ -134,6 +163,28 @@ def test_a_step_is_written_once_whatever_is_sent_again(store: str, tmp_path: Pat
             second.metrics({"loss": 10.0 * step}, step)
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 5.0), (6, 60.0)]
     assert sorted(history(store, first.run_id, "loss")) == expected
+
+
+def test_a_resumed_run_sends_again_what_failed(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    with Tracker(store, "tests", "one", tmp_path / "outbox") as first:
+        first.metrics({"loss": 1.0}, 1)
+    log_batch, outages = MlflowClient.log_batch, [True, True]
+
+    def go_away(*args: Any, **kwargs: Any) -> None:
+        if "metrics" in kwargs and outages:
+            outages.pop()
+            raise ConnectionError("the server is away")
+        log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", go_away)
+    with Tracker(store, "tests", "one", tmp_path / "outbox", run_id=first.run_id) as second:
+        second.metrics({"loss": 2.0}, 2)
+        wait_for(lambda: history(store, first.run_id, "loss") == [(1, 1.0), (2, 2.0)], 30)
+    assert not outages
 
 
 def test_the_shards_are_an_input_of_the_run(store: str, tmp_path: Path) -> None:
