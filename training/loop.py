@@ -140,11 +140,15 @@ class Training:
         """Those that are done, however many clips each had, and those that are left from here."""
         settings, at = self.config.optim, self.progress
         epochs = settings.epochs - at.position.epoch
-        if epochs < 0 or 0 < settings.steps < at.step:
-            raise ValueError(
-                f"the run has done {at.position.epoch} epochs and {at.step} steps, more than --set.optim.epochs "
-                f"{settings.epochs} and --set.optim.steps {settings.steps} ask for: raise them, or give another --out"
-            )
+        for done, name, most in (
+            (at.position.epoch, "epochs", settings.epochs),
+            (at.step, "steps", settings.steps or at.step),
+        ):
+            if done > most:
+                raise ValueError(
+                    f"the run has done {done} {name}, more than --set.optim.{name} {most} asks for: raise it, or give "
+                    "another --out"
+                )
         left = 0
         if epochs:
             left = self.loader.steps_left(at.position) + (epochs - 1) * self.loader.steps_per_epoch

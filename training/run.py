@@ -90,8 +90,9 @@ def train(
         config = _resolved(config, index, out, tracking, log)
         storage.write_bytes(storage.join(out, CONFIG), config.to_json().encode())
         with stop_requests() as stop, messages(log) as line:
+            job = Job(config, data, out, uri, command, line)
             try:
-                answer = _followed(Job(config, data, out, uri, command, line), stop, log)
+                answer = _followed(job, stop, log)
             except KeyboardInterrupt as end:
                 _mark_killed(uri, out)
                 raise Interrupted(getattr(end, "number", signal.SIGINT), f"interrupted: {GO_ON}") from None
@@ -100,21 +101,29 @@ def train(
     if isinstance(answer, Exception):
         raise ValueError(str(answer))
     metrics, run_id = answer
-    folder, version = storage.join(out, MODEL), None
+    version = None
     if run_id and package and config.tracking.register:
-        with fetched(folder) as local:
-            new = NewVersion(
-                metrics=metrics,
-                tags=lineage(data),
-                alias=config.tracking.alias,
-                alias_metric=f"{metrics_prefix(config, config.evaluate.select)}/{config.metric}",
-            )
-            if kept := better_holder(uri, new):
-                log(f"{new.alias} stays version {kept}: this model is not better by {new.alias_metric}")
-            version = log_and_register(local, run_id, uri, package, new)
-    result = TrainResult(folder, metrics, run_id, version)
+        version = _registered(job, metrics, run_id, package, log)
+    result = TrainResult(storage.join(out, MODEL), metrics, run_id, version)
     storage.write_bytes(storage.join(out, RESULT), json.dumps(asdict(result), indent=2).encode())
     return result
+
+
+def _registered(
+    job: Job, metrics: dict[str, float], run_id: str, package: ModelPackage, log: Callable[[str], None]
+) -> str:
+    """The version that the registry gives the run's model."""
+    config = job.config
+    new = NewVersion(
+        metrics=metrics,
+        tags=lineage(job.data),
+        alias=config.tracking.alias,
+        alias_metric=f"{metrics_prefix(config, config.evaluate.select)}/{config.metric}",
+    )
+    with fetched(storage.join(job.out, MODEL)) as local:
+        if kept := better_holder(job.uri, new):
+            log(f"{new.alias} stays version {kept}: this model is not better by {new.alias_metric}")
+        return log_and_register(local, run_id, job.uri, package, new)
 
 
 def _resolved(

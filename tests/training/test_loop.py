@@ -279,9 +279,12 @@ def test_a_run_resumed_with_another_batch_goes_on_to_an_end_of_its_own(shards: P
 def test_a_run_that_is_past_its_end_is_refused(shards: Path, tmp_path: Path) -> None:
     config = tiny_run()
     train(config, shards, tmp_path / "out")
-    shorter = replace(config, optim=replace(config.optim, epochs=1))
-    with pytest.raises(TrainingAborted, match=r"done 2 epochs and 6 steps, more than --set.optim.epochs 1"):
-        train(shorter, shards, tmp_path / "out")
+    for shorter, said in (
+        ({"epochs": 1}, "done 2 epochs, more than --set.optim.epochs 1 asks for"),
+        ({"steps": 4}, "done 6 steps, more than --set.optim.steps 4 asks for"),
+    ):
+        with pytest.raises(TrainingAborted, match=said):
+            train(replace(config, optim=replace(config.optim, **shorter)), shards, tmp_path / "out")
 
 
 def test_few_clips_are_said(shards: Path, tmp_path: Path) -> None:
