@@ -3,6 +3,7 @@
 The layers stay the library's own, with their weights and names; `as_blocks` gives them this way of running.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,27 +17,29 @@ STEEPNESS = 1.702
 
 
 class Block(CLIPEncoderLayer):
-    """Queries, keys and values come from one product, and both factors of the activation go into the products
-    beside it."""
+    """Queries, keys and values come from one product, and both factors of the activation go into the products beside
+    it."""
 
     def forward(
         self, hidden_states: Float[Tensor, "batch n width"], attention_mask: Any = None, **_: Any
     ) -> Float[Tensor, "batch n width"]:
         """attention_mask: broadcast to [batch, heads, n, n], True where a query sees a key; None: all."""
-        return self._transform(hidden_states + self._attend(self.layer_norm1(hidden_states), attention_mask))
-
-    def _attend(
-        self, seen: Float[Tensor, "batch n width"], mask: Bool[Tensor, "..."] | None
-    ) -> Float[Tensor, "batch n width"]:
         attention: Any = self.self_attn
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        query, key, value = (self._heads(each) for each in linear(seen, weight, bias).chunk(3, -1))
-        found = scaled_dot_product_attention(query, key, value, mask, scale=attention.scale)
-        return attention.out_proj(found.transpose(1, 2).flatten(2))
+        query, key, value = _at_once(layers, self.layer_norm1(hidden_states))
+        return self._transform(hidden_states + self._attend(query, key, value, attention_mask))
 
-    def _heads(self, tokens: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch heads n head_dim"]:
-        return tokens.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+    def _attend(
+        self,
+        query: Float[Tensor, "batch queries width"],
+        key: Float[Tensor, "batch n width"],
+        value: Float[Tensor, "batch n width"],
+        mask: Bool[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "batch queries width"]:
+        attention: Any = self.self_attn
+        heads = (each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in (query, key, value))
+        found = scaled_dot_product_attention(*heads, mask, scale=attention.scale)
+        return attention.out_proj(found.transpose(1, 2).flatten(2))
 
     def _transform(self, hidden: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch n width"]:
         mlp: Any = self.mlp
@@ -56,11 +59,17 @@ class ClassTokenBlock(Block):
     ) -> Float[Tensor, "images 1 width"]:
         attention: Any = self.self_attn
         seen, first = self.layer_norm1(hidden_states), hidden_states[:, :1]
-        query, key, value = attention.q_proj(seen[:, :1]), attention.k_proj(seen), attention.v_proj(seen)
-        found = scaled_dot_product_attention(
-            self._heads(query), self._heads(key), self._heads(value), scale=attention.scale
-        )
-        return self._transform(first + attention.out_proj(found.transpose(1, 2).flatten(2)))
+        key, value = _at_once((attention.k_proj, attention.v_proj), seen)
+        return self._transform(first + self._attend(attention.q_proj(seen[:, :1]), key, value))
+
+
+def _at_once(layers: Sequence[nn.Linear], seen: Float[Tensor, "batch n width"]) -> tuple[Tensor, ...]:
+    """What each of the layers gives, [batch, n, width]: in training from one product, whose gradients are one as well.
+    Without gradients a copy of the weights would cost a short text more than it saves."""
+    if not torch.is_grad_enabled():
+        return tuple(layer(seen) for layer in layers)
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return linear(seen, weight, bias).chunk(len(layers), -1)
 
 
 def as_blocks(layers: nn.ModuleList) -> nn.ModuleList:
