@@ -31,7 +31,7 @@ def with_whole_frames(model: HBI) -> HBI:
 
     for module in model.modules():
         if isinstance(module, Block):
-            module.__class__ = CLIPEncoderLayer
+            module.__class__ = CLIPEncoderLayer  # type: ignore[assignment]
     tower: VisionTower = model.video  # type: ignore[assignment]
     tower.forward = MethodType(forward, tower)  # type: ignore[method-assign]
     return model

@@ -37,8 +37,10 @@ class Block(CLIPEncoderLayer):
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "batch queries width"]:
         attention: Any = self.self_attn
-        heads = (each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in (query, key, value))
-        found = scaled_dot_product_attention(*heads, mask, scale=attention.scale)
+        query, key, value = (
+            each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in (query, key, value)
+        )
+        found = scaled_dot_product_attention(query, key, value, mask, scale=attention.scale)
         return attention.out_proj(found.transpose(1, 2).flatten(2))
 
     def _transform(self, hidden: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch n width"]:
