@@ -128,6 +128,8 @@ def shown(uri: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, as far as a line holds it."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
+        error = error.reason  # without urllib's brackets around it
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

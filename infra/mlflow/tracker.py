@@ -102,7 +102,7 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers of a step, by our names (`val/t2v/R@1`): floats, or tensors that nobody writes to any more."""
-        self.step = step
+        self.step = max(step, self.step or 0)  # the final scores are those of an earlier one
         self._put({"kind": "metrics", "values": dict(values), "step": step, "time": time.time()})
 
     def figure(self, name: str, figure: "bytes | Figure") -> None:
