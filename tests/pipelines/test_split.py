@@ -124,7 +124,7 @@ def test_a_manifest_that_is_not_there_is_told_before_ray_starts(tmp_path: Path) 
 
 
 def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="by is 'scenes'"):
+    with pytest.raises(ValueError, match="--by scenes: must be stride or shots"):
         SplitSettings("scenes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--min-seconds 20: must be above 0 and at most --seconds"):
         SplitSettings(seconds=10.0, min_seconds=20.0)
