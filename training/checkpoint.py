@@ -305,15 +305,3 @@ def flush(file: Path) -> None:
     """Brings a file from the system's memory to its disk, so that a rename after it holds over a power cut."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-@contextmanager
-def fetched(path: str) -> Iterator[Path]:
-    """A local folder with the files of a checkpoint."""
-    if not storage.is_remote(path):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="hbi-checkpoint-") as folder:
-        for file in storage.list_files(path):
-            Path(storage.local_copy(file, folder)).rename(Path(folder) / file.rsplit("/", 1)[1])
-        yield Path(folder)

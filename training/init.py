@@ -20,11 +20,9 @@ from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer
 from hbi.model.weights import CONFIG, build_model, load_model, load_published, read_config, save_model
 from hbi.training.answers import TRAINED, trained_on
-from hbi.training.checkpoint import fetched
+from hbi.training.job import INIT, fetched, has_init
 from hbi.training.settings import TrainConfig
 
-INIT = "start"
-"""The folder of a run that holds the model it began from."""
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 REACH_SECONDS = 15.0
 """How long the hub may take to say that it has a backbone."""
@@ -108,11 +106,6 @@ def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfi
             f"{folder} is a model of other sizes than the run asks for: give this one another --out"
         )
     return replace(config, model=held)
-
-
-def has_init(config: TrainConfig) -> bool:
-    """Whether the run begins from the model in OUT/start, and not from fresh weights."""
-    return bool(config.init_from or config.model.backbone)
 
 
 def require_reachable(backbone: str) -> None:

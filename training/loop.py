@@ -22,7 +22,6 @@ from hbi.training.checkpoint import (
     State,
     changed_schedule,
     check_checkpoint,
-    fetched,
     read_progress,
     read_tracked,
     write_checkpoint,
@@ -33,20 +32,13 @@ from hbi.training.data.loader import Loader
 from hbi.training.data.shards import index_digest
 from hbi.training.exchange import Sizes
 from hbi.training.init import init_model
+from hbi.training.job import TrainingAborted, TrainingStopped, fetched
 from hbi.training.optim import EMA, make_optimizer, schedule, set_learning_rate
 from hbi.training.parallel import average_scalars, averaging, clip_gradients, parallelize
 from hbi.training.settings import METRICS, TrainConfig
 from hbi.training.step_metrics import StepMetrics
 from hbi.training.tasks import HeadTasks
 from hbi.training.throughput import Throughput, clock, flops_per_clip, memory_bytes, peak_flops
-
-
-class TrainingAborted(ValueError):
-    """The run cannot go on. Every rank raises it at the same step, with the same words."""
-
-
-class TrainingStopped(KeyboardInterrupt):
-    """The run was asked for an early end, and has kept all that it did. Raised on every rank at the same step."""
 
 
 @dataclass(frozen=True)

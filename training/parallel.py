@@ -2,15 +2,17 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hbi.infra.nodes import cores
-from hbi.model.hbi import HBI
 from hbi.training.settings import ComputeSettings
+
+if TYPE_CHECKING:
+    from hbi.model.hbi import HBI
 
 T = TypeVar("T")
 
@@ -159,12 +161,12 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
-def full_model(model: HBI) -> HBI:
+def full_model(model: "HBI") -> "HBI":
     """The model itself, or, where its weights are split, a whole copy on every rank. Collective."""
     state = model.state_dict()
     if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         return model
-    copy = HBI(model.config).to(next(model.parameters()).device)
+    copy = type(model)(model.config).to(next(model.parameters()).device)
     copy.vocabulary = model.vocabulary
     copy.load_state_dict({name: full_tensor(tensor) for name, tensor in state.items()})
     return copy

@@ -21,14 +21,11 @@ from hbi.infra.scratch import scratch_swept
 from hbi.infra.signals import Interrupted, stop_requests
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import refuse_seen_tests, with_vocabulary
-from hbi.training.checkpoint import fetched
 from hbi.training.checks import check_cluster, check_splits
 from hbi.training.command import command_line
-from hbi.training.init import with_init
-from hbi.training.loop import TrainingStopped
+from hbi.training.job import CONFIG, MODEL, RUN_ID, Job, TrainingStopped, fetched, has_init, metrics_prefix
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
-from hbi.training.worker import CONFIG, MODEL, RUN_ID, Job, metrics_prefix, work
 
 RESULT = "result.json"
 STOP_SECONDS = 25.0
@@ -130,7 +127,11 @@ def _resolved(
     config: TrainConfig, index: ShardIndex, out: str, tracking: str | None, log: Callable[[str], None]
 ) -> TrainConfig:
     """The run with everything that it takes from elsewhere: a model to begin with, a tokenizer, a list of answers."""
-    config = with_tokenizer(with_init(config, out, tracking), index, out)
+    if has_init(config):
+        from hbi.training.init import with_init
+
+        config = with_init(config, out, tracking)
+    config = with_tokenizer(config, index, out)
     return with_vocabulary(config, index, out, log)
 
 
@@ -184,6 +185,11 @@ def _run_on_ray(job: Job) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
+
+    def work(settings: dict[str, Any]) -> Any:  # in here, so that the workers alone import the model
+        from hbi.training.worker import work
+
+        return work(settings)
 
     workers = job.config.workers
     path, filesystem = _ray_storage(job.out)

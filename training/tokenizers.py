@@ -8,9 +8,8 @@ from typing import Any
 from hbi.infra import storage
 from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.pipelines.sample import ShardIndex, check_shards
-from hbi.training.checkpoint import fetched
 from hbi.training.data.shards import captions_of
-from hbi.training.init import INIT, has_init
+from hbi.training.job import INIT, fetched, has_init
 from hbi.training.settings import TrainConfig
 
 TOKENIZER = "tokenizer"

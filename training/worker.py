@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,28 @@ from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.answers import TRAINED, trained_on, training_answers
-from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, fetched, read_progress
+from hbi.training.checkpoint import STATE, TRAINING, Checkpoints, read_progress
 from hbi.training.evaluate.answers import evaluate_answers
 from hbi.training.evaluate.captions import evaluate_captions
 from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.figures import recall_figure, similarity_figure
 from hbi.training.evaluate.retrieval import evaluate
-from hbi.training.init import INIT, has_init
-from hbi.training.loop import Hooks, Training, TrainingAborted, TrainingStopped
+from hbi.training.job import (
+    CONFIG,
+    INIT,
+    MODEL,
+    RUN_ID,
+    Job,
+    TrainingAborted,
+    TrainingStopped,
+    fetched,
+    has_init,
+    metrics_prefix,
+)
+from hbi.training.loop import Hooks, Training
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig, flatten
 from hbi.training.tokenizers import tokenizer_of
-
-CONFIG, MODEL, RUN_ID = "config.json", "model", "run-id.txt"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker is told."""
-
-    config: TrainConfig
-    """The run."""
-    data: str
-    """Shards."""
-    out: str
-    """Where everything that the run makes lies."""
-    uri: str
-    """MLflow store; "" tracks nothing."""
-    command: str
-    """That began the run."""
-    line: Line
-    """To whoever started the run: progress there, and back whether it should end early."""
 
 
 def work(settings: dict[str, Any]) -> Any:
@@ -166,11 +157,6 @@ def evaluation(
         return {name.replace(split, called, 1): value for name, value in metrics.items()}
 
     return measure
-
-
-def metrics_prefix(config: TrainConfig, split: str) -> str:
-    """What metrics of a split are called: a choice made on the test split must show."""
-    return f"selected-on-{split}" if split == config.evaluate.select == "test" else split
 
 
 @contextlib.contextmanager

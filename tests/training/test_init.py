@@ -17,7 +17,8 @@ from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.pipelines.sample import ShardIndex
 from hbi.training.checkpoint import Checkpoints
-from hbi.training.init import INIT, has_init, with_init
+from hbi.training.init import with_init
+from hbi.training.job import INIT, has_init
 from hbi.training.loop import Hooks, Training
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig

@@ -16,7 +16,8 @@ from hbi.model.hbi import HBI
 from hbi.model.weights import load_model
 from hbi.training import loop
 from hbi.training.checkpoint import Checkpoints, Progress
-from hbi.training.loop import Hooks, Training, TrainingAborted
+from hbi.training.job import TrainingAborted
+from hbi.training.loop import Hooks, Training
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
 from hbi.training.throughput import flops_per_clip

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from hbi.infra.mlflow.store import client
 from hbi.infra.signals import stop_requests
 from hbi.pipelines.sample import ShardIndex
-from hbi.training.loop import Hooks, TrainingStopped
+from hbi.training.job import TrainingStopped
+from hbi.training.loop import Hooks
 from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer

@@ -25,7 +25,8 @@ from hbi.training.evaluate.encode import SplitEncoder
 from hbi.training.evaluate.retrieval import evaluate, evaluate_named
 from hbi.training.evaluate.table import table
 from hbi.training.init import ModelSource, init_model, with_init
-from hbi.training.loop import Hooks, TrainingAborted
+from hbi.training.job import TrainingAborted
+from hbi.training.loop import Hooks
 from hbi.training.parallel import Process
 from hbi.training.settings import HeadSettings, TrainConfig
 from hbi.training.tokenizers import tokenizer_of, with_tokenizer
