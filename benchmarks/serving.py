@@ -33,7 +33,8 @@ def percentiles(milliseconds: list[float], seconds: float) -> dict[str, float]:
 
 def bare_loop(folder: str, tracking: str, index: str, seconds: float, k: int) -> dict[str, float]:
     """The engine alone."""
-    from hbi.serving.engine import Engine, Page
+    from hbi.serving.engine import Engine
+    from hbi.serving.questions import Page
 
     engine = Engine(folder, tracking, index)
     engine.find(engine.encode(SENTENCES[:1])[0], Page(k))

@@ -11,17 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hbi.model.backbones.pretrained import load_backbone
 from hbi.model.config import ModelConfig
+from hbi.model.folder import ANSWERS, CONFIG, DIGEST, FORMAT, WEIGHTS, describe, digest_of
 from hbi.model.hbi import HBI
 from hbi.model.published import load_estimator, load_published, load_strictly
 
 __all__ = ["build_model", "load_estimator", "load_model", "load_published", "save_model"]
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-ANSWERS = "answers.json"
-"""The list of answers, where the model has a head for questions."""
-DIGEST = "digest"
-FORMAT = 1
 
 
 def build_model(config: ModelConfig) -> HBI:
@@ -56,13 +50,7 @@ def save_model(model: HBI, folder: str | Path, tokenizer: PreTrainedTokenizerBas
         "model": model.config.to_dict(),
         "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
     }
-    (folder / CONFIG).write_text(json.dumps({**described, DIGEST: _digest(described)}, indent=2) + "\n")
-
-
-def _digest(described: dict[str, Any]) -> str:
-    """Of the description itself, its own digest left out."""
-    rest = {name: value for name, value in described.items() if name != DIGEST}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps({**described, DIGEST: digest_of(described)}, indent=2) + "\n")
 
 
 def load_model(folder: str | Path, **settings: Any) -> HBI:
@@ -72,7 +60,7 @@ def load_model(folder: str | Path, **settings: Any) -> HBI:
     ValueError, in one line, for a file that is missing, cut short or changed.
     """
     folder = Path(folder)
-    config, digests = _described(folder)
+    config, digests = describe(folder)
     contents: dict[str, bytes] = {}
     for name, digest in {WEIGHTS: "", **digests}.items():
         if not (folder / name).exists():
@@ -85,27 +73,3 @@ def load_model(folder: str | Path, **settings: Any) -> HBI:
     if ANSWERS in contents:
         model.vocabulary = tuple(json.loads(contents[ANSWERS]))
     return model.eval()
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a model that `save_model` wrote; ValueError, in one line, where there is none."""
-    return _described(Path(folder))[0]
-
-
-def _described(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
-    """What a model folder says of itself: the configuration, and the digest of each file."""
-    try:
-        described = json.loads((folder / CONFIG).read_text())
-        digest, version, digests = described[DIGEST], described["format"], described["sha256"]
-        if version == FORMAT and digest != _digest(described):
-            raise ValueError("it was changed since it was saved (sha256 differs)")
-        config = ModelConfig.from_dict(described["model"])
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no saved model: it has no {CONFIG}") from None
-    except KeyError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model: it has no {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from None
-    if version != FORMAT:
-        raise ValueError(f"{folder / CONFIG}: format is {version}, this version reads {FORMAT}")
-    return config, digests

@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException
 from hbi.infra import storage
 from hbi.serving.auth import COOKIE, Bodies, Guard, Heads, same, session_of
 from hbi.serving.deploy import logs
-from hbi.serving.engine import Span
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.media import STORAGE_SECONDS, in_time, kind_of_static, look_at, play
 from hbi.serving.operations import (
@@ -37,6 +36,7 @@ from hbi.serving.operations import (
     Plain,
     SearchRequest,
 )
+from hbi.serving.questions import Span
 from hbi.serving.refusal import Refused, require_text
 
 PAGE = Path(__file__).parent / "page"

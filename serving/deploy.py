@@ -21,10 +21,10 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from hbi.serving.engine import Engine, NewClip, Page, Span
 from hbi.serving.index.rows import IndexUnavailable
 from hbi.serving.index.table import ClipTable, IdInUse
 from hbi.serving.media import remove_strays
+from hbi.serving.questions import NewClip, Page, Span
 from hbi.serving.refusal import Refused
 from hbi.serving.settings import ServeSettings
 
@@ -58,6 +58,10 @@ class Replica:
     """One process with the model."""
 
     def __init__(self, model: str, tracking: str, index: str, settings: ServeSettings) -> None:
+        from hbi.serving.engine import (
+            Engine,  # in here, so that the writer and the front do without the model
+        )
+
         self.engine = Engine(model, tracking, index, gpu=settings.replica_gpus > 0)
         batches: Any = self._encode
         batches.set_max_batch_size(settings.batch_queries)

@@ -1,16 +1,12 @@
 """Sentences and videos to the tokens that the index holds and is searched with."""
 
-import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Num
-from PIL import Image
 from torch import Tensor
 
 from hbi.model.hbi import HBI
@@ -35,16 +31,6 @@ class Sentence:
     """Which word each token belongs to."""
     cut: bool
     """Whether it was longer than the model's words, and its end was left out."""
-
-
-def model_digest(folder: str) -> str:
-    """SHA-256 over a model folder's settings and weights."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        with (Path(folder) / name).open("rb") as stream:
-            while part := stream.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 @torch.inference_mode()
@@ -92,16 +78,3 @@ def encoded_rows(tokens: Tokens, frames: Tensor, thumbnails: Sequence[Sequence[b
         segments = segments_of(own.astype(np.float32), logits)
         rows.append(Encoded(own, logits, *segments, list(small), frames[i][present].numpy()))
     return rows
-
-
-def thumbnails(jpegs: Sequence[bytes], pixels: int) -> list[bytes]:
-    """A clip's frames made small, as JPEG; none where `pixels`, the side, is 0."""
-    return [_thumbnail(jpeg, pixels) for jpeg in jpegs] if pixels else []
-
-
-def _thumbnail(jpeg: bytes, pixels: int) -> bytes:
-    picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    picture.thumbnail((pixels, pixels))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=70)
-    return buffer.getvalue()

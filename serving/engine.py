@@ -6,13 +6,13 @@ Answers are plain values for JSON; what cannot be answered is a `Refused`.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from hbi.infra.mlflow.resolve import resolve_model
+from hbi.model.folder import model_digest
 from hbi.model.frames import from_jpegs
 from hbi.model.hbi import NO_RECONSTRUCTION
 from hbi.model.moments import moment
@@ -22,73 +22,24 @@ from hbi.model.weights import load_model
 from hbi.pipelines.decoding.clip import Clip as DecodedClip
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.serving.encode import (
-    Sentence,
-    encode_sentences,
-    encode_video,
-    encoded_rows,
-    model_digest,
-    thumbnails,
-)
+from hbi.serving.encode import Sentence, encode_sentences, encode_video, encoded_rows
 from hbi.serving.explain import interactions
 from hbi.serving.index.rows import Clip, IndexUnavailable, labelled, rows_of
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.stages import padded, search
 from hbi.serving.index.table import ClipTable
+from hbi.serving.index.thumbnails import thumbnails
 from hbi.serving.media import local_file, look_at
 from hbi.serving.model import Model
-from hbi.serving.refusal import Refused
+from hbi.serving.questions import FRESH_SECONDS, NewClip, Page, Span
+from hbi.serving.refusal import Refused, unknown
 
-FRESH_SECONDS = 1.0
-"""How old a version of the index may be that is searched."""
 RERANKED = 50
 """Best clips of a search that are scored again where that is asked for."""
 EXPLAINED = 256
 """Coalitions of words, and of frames, that an explanation scores at most: each is a short pass of the model."""
 MOMENTS = 100
 """Results of an answer that say which moment they speak of; further ones give the whole clip."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """Which part of a ranking is asked for, and among which clips."""
-
-    k: int
-    """How many."""
-    offset: int = 0
-    """How many before them are left out."""
-    filters: tuple[tuple[str, str], ...] = ()
-    """Labels that a clip must have: (key, value)."""
-    rerank: bool = False
-    """Score the best `RERANKED` again, with tokens that are rebuilt with each other's help."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A clip of a video."""
-
-    place: str
-    """Where the video lies, as the server reads it."""
-    start: float | None = None
-    """Where the clip begins, in seconds."""
-    end: float | None = None
-    """Where it ends, in seconds."""
-
-
-@dataclass(frozen=True)
-class NewClip:
-    """A clip to take in."""
-
-    clip: Span
-    """Its video, and which part of it."""
-    video: str
-    """What it is called in answers."""
-    id: str
-    """Unique in the index."""
-    part: str
-    """Names the request that brought it."""
-    captions: tuple[str, ...] = ()
-    """Sentences that came with it."""
 
 
 class Engine:
@@ -309,9 +260,3 @@ def _refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         raise Refused(422, str(error)) from None
-
-
-def unknown(id: str) -> Refused:
-    """404 for an id that is not in the index."""
-    shown = id if len(id) <= 100 else id[:100] + "…"
-    return Refused(404, f"no video {shown!r} in the index")

@@ -14,6 +14,7 @@ from typing import Any
 from hbi.infra import storage
 from hbi.infra.mlflow.resolve import pin_model, resolve_model
 from hbi.infra.mlflow.store import tracking_uri
+from hbi.model.folder import model_digest, read_config
 from hbi.serving.index.table import ClipTable, IndexMetadata
 from hbi.serving.settings import ServeSettings
 
@@ -43,9 +44,6 @@ def model_of(index: str, model: str | None = None, tracking: str | None = None) 
     tracking: the MLflow store (default: MLFLOW_TRACKING_URI, else the one that the index names). ValueError where
     `model` is another one than the index was made by, or where it cannot be had.
     """
-    from hbi.model.weights import read_config
-    from hbi.serving.encode import model_digest
-
     metadata = IndexMetadata.read(index)
     in_store = (model or metadata.model).startswith("models:/")
     uri = store_of(tracking, metadata.tracking) if in_store else ""

@@ -24,6 +24,7 @@ from hbi.model.tokenizer import caption_marks, detokenize, tokenize
 from hbi.model.tokens import Tokens
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
+from hbi.serving.refusal import NO_HEAD
 
 BATCH = 32
 """Sentences or videos encoded at once."""
@@ -31,12 +32,6 @@ LEVEL = "entity"
 """The level whose tokens score retrieval."""
 START, END = "[start]", "[end]"
 """What the marks around a sentence are called where words are shown."""
-
-NO_HEAD = {
-    "qa": "this model answers no questions: train one with --set.task qa",
-    "caption": "this model writes no captions: train one with --set.task caption",
-}
-"""What is said where a model lacks the head of a task."""
 
 Video = str | Path | bytes | UInt8[np.ndarray, "frames height width 3"]
 """A path, what a file holds, or frames as they were shot."""

@@ -2,6 +2,12 @@
 
 from collections.abc import Mapping
 
+NO_HEAD = {
+    "qa": "this model answers no questions: train one with --set.task qa",
+    "caption": "this model writes no captions: train one with --set.task caption",
+}
+"""What is said where a model lacks the head of a task."""
+
 
 class Refused(Exception):
     """What a client is told; it travels from replicas to the front as it is."""
@@ -26,3 +32,9 @@ def require_text(what: str, text: str, longest: int) -> str:
     if "\0" in text:
         raise Refused(422, f"{what}: holds a zero character")
     return text
+
+
+def unknown(id: str) -> Refused:
+    """404 for an id that is not in the index."""
+    shown = id if len(id) <= 100 else id[:100] + "…"
+    return Refused(404, f"no video {shown!r} in the index")

@@ -34,6 +34,17 @@ ONLY_IN = {
     "lancedb": ("serving/index/",),
     "av": ("pipelines/decoding/", "pipelines/corpus/"),
 }
+WITHOUT_THE_MODEL = (
+    "training/run.py",
+    "training/job.py",
+    "training/data/loader.py",
+    "serving/front.py",
+    "serving/app.py",
+    "serving/deploy.py",
+    "serving/index/build.py",
+    "serving/index/embed.py",
+)
+"""What commands, controllers, loaders and writers import: it takes the model's seconds and memory where it is used."""
 FILES = {
     path.relative_to(ROOT): path
     for room in BELOW
@@ -98,6 +109,21 @@ def test_no_circles_between_files() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as circle:
         pytest.fail(" -> ".join(circle.args[1]))
+
+
+@pytest.mark.parametrize("file", WITHOUT_THE_MODEL)
+def test_what_does_without_the_model_does_not_import_it(file: str) -> None:
+    ways, seen = [(file,)], set[str]()
+    while ways:
+        way = ways.pop()
+        tree = ast.parse(FILES[Path(way[-1])].read_text())
+        first = imports_of(
+            ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        )
+        assert "hbi.model.hbi" not in first, f"{' -> '.join(way)} imports the model"
+        new = {str(MODULES[module]) for module in first & MODULES.keys()} - seen
+        seen |= new
+        ways += [(*way, module) for module in new]
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

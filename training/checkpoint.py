@@ -22,8 +22,9 @@ from torch import Tensor
 
 from hbi.infra import storage
 from hbi.infra.scratch import scratch_folder
+from hbi.model.folder import WEIGHTS
 from hbi.model.hbi import HBI
-from hbi.model.weights import WEIGHTS, save_model
+from hbi.model.weights import save_model
 from hbi.training.data.order import LoaderState
 from hbi.training.optim import EMA
 from hbi.training.parallel import Process, copy_into, full_model, full_tensor

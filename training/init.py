@@ -16,9 +16,10 @@ import torch
 from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
 from hbi.model.config import ModelConfig
+from hbi.model.folder import CONFIG, read_config
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer
-from hbi.model.weights import CONFIG, build_model, load_model, load_published, read_config, save_model
+from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.training.answers import TRAINED, trained_on
 from hbi.training.job import INIT, fetched, has_init
 from hbi.training.settings import TrainConfig

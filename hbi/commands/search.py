@@ -80,8 +80,9 @@ class Search:
     """MLflow store of the index's model (default: MLFLOW_TRACKING_URI, else the one that the index names)."""
 
     def run(self) -> None:
-        from hbi.serving.engine import Engine, Page
+        from hbi.serving.engine import Engine
         from hbi.serving.front import model_of
+        from hbi.serving.questions import Page
         from hbi.serving.refusal import Refused, require_text
 
         if self.k < 1:

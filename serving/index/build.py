@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hbi.infra import storage
 from hbi.infra.nodes import require_resources, require_shared
-from hbi.model.weights import read_config
+from hbi.model.folder import model_digest, read_config
 from hbi.pipelines.sample import ShardIndex, ShardInfo, check_shards
 from hbi.serving.index.embed import embed
 from hbi.serving.index.table import INDEX_NAME, ClipTable, IndexMetadata
@@ -74,8 +74,6 @@ def describe(model: str, tracking: str, folder: str, shards: ShardIndex) -> Inde
 
     Raises ValueError for shards whose frames the model does not take.
     """
-    from hbi.serving.encode import model_digest
-
     config = read_config(folder)
     check_shards(shards, config)
     return IndexMetadata(model, model_digest(folder), tracking, shards.settings, config.towers.dim)

@@ -16,6 +16,7 @@ from hbi.infra.nodes import alive_nodes, decode_options
 from hbi.infra.ray_runtime import dataset_of
 from hbi.pipelines.sample import Sample, read_shard
 from hbi.serving.index.rows import Clip, as_text, rows_of
+from hbi.serving.index.thumbnails import thumbnails
 from hbi.serving.settings import IndexSettings
 
 AHEAD_BYTES = 1 << 30
@@ -52,8 +53,6 @@ class Embedded:
 
 def decoded(row: dict[str, Any], settings: IndexSettings) -> Iterator[Batch]:
     """The batches of a shard, `{"path", "split", "part"}`, in order."""
-    from hbi.serving.encode import thumbnails
-
     with storage.open_file(row["path"]) as stream:
         for number, samples in enumerate(_groups(read_shard(stream), settings.batch)):
             yield Batch(

@@ -23,10 +23,11 @@ from hbi.model.weights import load_model
 from hbi.pipelines.decoding.decoder import Decoder
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.serving.encode import encode_video
-from hbi.serving.engine import Engine, Page
+from hbi.serving.engine import Engine
 from hbi.serving.front import model_of, store_of
 from hbi.serving.index.build import show
 from hbi.serving.index.table import ClipTable
+from hbi.serving.questions import Page
 from hbi.serving.refusal import Refused
 from hbi.serving.settings import IndexSettings
 from tests.serving.conftest import CLIPS, make_model

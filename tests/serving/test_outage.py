@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from hbi.model.folder import model_digest
 from hbi.serving.app import build_api
 from hbi.serving.deploy import Backend, Writer, to_stream
-from hbi.serving.encode import model_digest
 from hbi.serving.engine import Engine
 from hbi.serving.front import model_of
 from hbi.serving.index import table as table_module
