@@ -23,7 +23,7 @@ check: $(READY)
 	@$(BIN)/pytest tests/test_imports.py
 
 test: $(READY)
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2
 
 # Jobs on a Ray cluster of several nodes, which come and go.
 cluster: $(READY)

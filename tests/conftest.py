@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,11 +19,41 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LONGEST = (
+    "tests/serving",
+    "tests/pipelines/test_sharding_run.py",
+    "tests/training/test_run.py",
+    "tests/training/test_stopping.py",
+    "tests/hbi/test_package.py",
+    "tests/training/test_contrast.py",
+    "tests/training/test_checkpoint.py",
+)
+"""What takes longest, the longest first: where it is begun last, one process ends long after the other."""
+
+
+def unit_of(test: str) -> str:
+    """What one process of tests does as a whole: a file, or all of serving, which shares a corpus and a server."""
+    file = test.partition("::")[0]
+    return "tests/serving" if file.startswith("tests/serving/") else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, a file stays in one, and so do those that serve one corpus."""
-    served = {item.path for item in items if "chain" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("served" if item.path in served else str(item.path)))
+    assert all((ROOT / unit).exists() for unit in LONGEST)
+    order = {unit: number for number, unit in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Units to processes, in the order of the tests. (xdist's own groups have no effect in pytest 9.2.)"""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Units(config, log)
 
 
 @pytest.fixture(scope="session")
