@@ -12,8 +12,8 @@ from hbi.pipelines.sharding.plan import ShardPlan, plan
 from hbi.pipelines.sharding.records import ShardManifest, read_records, record_path
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.workers import ShardMaker, _spread
-from tests.pipelines.test_shards import SETTINGS
 from tests.support.clips import write_clips
+from tests.support.sharding import SETTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 

@@ -19,9 +19,9 @@ from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import ShardError
 from hbi.pipelines.sharding.tasks import on_tasks
 from tests.pipelines.test_compare import fingerprints_of, write_first_pass
-from tests.pipelines.test_shards import everything, lines, samples, write_index
 from tests.support.clips import video, write_manifest
 from tests.support.s3 import object_storage
+from tests.support.sharding import everything, lines, samples, write_index
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 

@@ -13,8 +13,8 @@ from hbi.pipelines.sharding.inspect import contact_sheet, contents, describe_sam
 from hbi.pipelines.sharding.plan import plan
 from hbi.pipelines.sharding.records import unfinished
 from hbi.pipelines.sharding.verify import verified
-from tests.pipelines.test_shards import SETTINGS, make, samples
 from tests.support.clips import write_clips, write_manifest
+from tests.support.sharding import SETTINGS, make, samples
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from hbi.pipelines.sharding.records import ClipStats, ShardManifest
 from hbi.pipelines.sharding.settings import ShardSettings
 from hbi.pipelines.sharding.shards import ShardError
 from hbi.pipelines.sharding.summary import Summary, kind_of
-from tests.pipelines.test_shards import SETTINGS, everything, lines, make, samples
 from tests.support.clips import write_clips, write_manifest
 from tests.support.s3 import Fault, object_storage
+from tests.support.sharding import SETTINGS, everything, lines, make, samples
 
 # Ray Data warns of its own settings when it sends them to its workers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")

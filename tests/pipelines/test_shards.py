@@ -1,7 +1,6 @@
-"""Shards without Ray: every row accounted for, whole tars or none, whatever the files, the disk and the storage do."""
+"""Shards without Ray: every row accounted for, whole tars or none, whatever the files and the disk do."""
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import socket
 import stat
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,64 +16,13 @@ import pytest
 
 from hbi.infra import storage
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.pipelines.sample import Sample, ShardIndex, read_shard
+from hbi.pipelines.sample import ShardIndex, read_shard
 from hbi.pipelines.sharding import shards
-from hbi.pipelines.sharding.account import Accountant
-from hbi.pipelines.sharding.plan import Plan, plan, slices
-from hbi.pipelines.sharding.records import Failure, ShardManifest, read_records, unfinished
-from hbi.pipelines.sharding.settings import ShardSettings
-from hbi.pipelines.sharding.shards import ShardError, make_shard
+from hbi.pipelines.sharding.plan import plan
+from hbi.pipelines.sharding.records import Failure
+from hbi.pipelines.sharding.shards import ShardError
 from tests.support.clips import video, write_clips, write_manifest
-from tests.support.s3 import Fault, ObjectStorage, object_storage
-
-SETTINGS = ShardSettings(frames=3, size=32, samples_per_shard=6)
-
-
-@pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    with shards.decoder(SETTINGS) as running:
-        yield running
-
-
-def make(
-    manifest: str, out: str, decoder: Decoder, settings: ShardSettings = SETTINGS
-) -> list[ShardManifest]:
-    """What `run.shard` does, one shard after the other: the obvious reference."""
-    planned = plan(manifest, out, settings.identity(), settings.samples_per_shard)
-    for shard_plan, record in list(unfinished(out, planned.shards)):
-        if record is None:
-            make_shard(out, shard_plan, settings, decoder)
-    write_index(out, planned)
-    return [record for _, record in read_records(out, sorted(plan.name for plan in planned.shards)) if record]
-
-
-def write_index(out: str, planned: Plan, parts: bool = False) -> None:
-    """What `run.shard` writes at the end, by the obvious loop."""
-    accountant = Accountant(out, parts, ended=True)
-    accountant.write_index(planned, [accountant.account(some) for some in slices(planned.shards)])
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-
-
-def samples(out: Path) -> list[Sample]:
-    index = ShardIndex.read(str(out))
-    found = []
-    for shard in index.shards:
-        content = (out / shard.name).read_bytes()
-        assert len(content) == shard.bytes and hashlib.sha256(content).hexdigest() == shard.sha256
-        inside = list(read_shard(io.BytesIO(content)))
-        assert len(inside) == shard.samples
-        found += inside
-    return found
-
-
-def everything(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, by name."""
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
-    }
+from tests.support.sharding import SETTINGS, everything, lines, make, samples, write_index
 
 
 def test_samples_carry_what_the_manifest_says(tmp_path: Path, decoder: Decoder):
@@ -303,127 +250,11 @@ def test_an_output_that_may_not_be_written_is_named(tmp_path: Path, decoder: Dec
         make(manifest, str(out), decoder)
 
 
-# --- Object storage -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
-    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        running.use(patch)
-        for seed in range(5):
-            running.path(f"{seed}.mp4").write_bytes(video(seed))
-        yield running
-
-
-@pytest.fixture
-def remote(server: ObjectStorage) -> Iterator[ObjectStorage]:
-    server.faults.clear()
-    server.requests.clear()
-    yield server
-
-
-def rows(count: int) -> list[dict[str, str]]:
-    return [{"video": f"{i % 5}.mp4", "id": f"clip {i}"} for i in range(count)]
-
-
-def test_from_storage_to_storage_equals_local(
-    tmp_path: Path, decoder: Decoder, remote: ObjectStorage, monkeypatch: pytest.MonkeyPatch
-):
-    """With something wrong at every turn: the bytes are those of a run without storage, but for the source."""
-    storage.write_bytes(remote.uri("m.jsonl"), write_bytes_of(rows(10)))
-    remote.hang_seconds = 1.2
-    remote.faults[:] = [
-        Fault("503", "m.jsonl"), Fault("cut", "0.mp4"), Fault("short", "1.mp4", times=2), Fault("drop", "2.mp4"),
-        Fault("hang", "3.mp4"), Fault("500", "4.mp4"), Fault("503", "train-000000.tar", "PUT", 2),
-        Fault("drop", "train-000001.tar", "PUT"), Fault("503", "index.json", "PUT"), Fault("503", "plan.json", "HEAD"),
-        Fault("503", "0.mp4", "HEAD"),
-    ]  # fmt: skip
-    make(remote.uri("m.jsonl"), remote.uri("out"), decoder)
-    assert all(fault.times == 0 for fault in remote.faults), remote.faults
-    for seed in range(5):
-        (tmp_path / f"{seed}.mp4").write_bytes(video(seed))
-    make(write_manifest(tmp_path / "m.jsonl", rows(10)), str(tmp_path / "out"), decoder)
-    there, here = samples(remote.path("out")), samples(tmp_path / "out")
-    assert [sample.frames for sample in there] == [sample.frames for sample in here]
-    assert [sample.source for sample in there] == [remote.uri(f"{i % 5}.mp4") for i in range(10)]
-    remote.requests.clear()
-    make(remote.uri("m.jsonl"), remote.uri("out"), decoder)
-    assert not [path for method, path in remote.requests if method == "PUT" and ".tar" in path], "made again"
-
-
-def write_bytes_of(rows: list[dict[str, str]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def test_a_key_that_stays_missing_is_a_failure(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
-    manifest = write_manifest(
-        tmp_path / "m.jsonl",
-        [
-            {"video": remote.uri("none.mp4")},
-            {"video": remote.uri("1.mp4")},
-            {"video": "s3://no-bucket/a.mp4"},
-        ],
-    )
-    make(manifest, str(tmp_path / "out"), decoder)
-    assert [(row["stage"], row["reason"]) for row in lines(tmp_path / "out")] == [
-        ("read", "no such object")
-    ] * 2
-    assert len(samples(tmp_path / "out")) == 1
-
-
-def test_what_an_outage_cost_is_made_up_for(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
-    """A clip that the storage kept refusing is a failure, and the next run tries its shard again."""
-    videos = [{"video": remote.uri(f"{i}.mp4")} for i in range(3)]
-    manifest = write_manifest(tmp_path / "m.jsonl", videos)
-    remote.faults[:] = [Fault("503", "1.mp4", times=1000)]
-    make(manifest, str(tmp_path / "out"), decoder)
-    (failure,) = lines(tmp_path / "out")
-    assert failure["stage"] == "read" and "storage kept failing" in failure["reason"]
-    assert len(samples(tmp_path / "out")) == 2
-    remote.faults.clear()
-    make(manifest, str(tmp_path / "out"), decoder)
-    assert lines(tmp_path / "out") == [] and len(samples(tmp_path / "out")) == 3
-
-
-def test_an_outage_of_everything_stops_the_run(tmp_path: Path, decoder: Decoder, remote: ObjectStorage):
-    manifest = write_manifest(tmp_path / "m.jsonl", [{"video": remote.uri(f"{i}.mp4")} for i in range(3)])
-    remote.faults[:] = [Fault("503", ".mp4", times=1000)]
-    with pytest.raises(ShardError, match=r"storage kept failing.*Run again"):
-        make(manifest, str(tmp_path / "out"), decoder)
-    remote.faults.clear()
-    make(manifest, str(tmp_path / "out"), decoder)
-    assert len(samples(tmp_path / "out")) == 3
-
-
-def test_a_remote_video_of_many_clips_is_fetched_once(
-    tmp_path: Path, decoder: Decoder, remote: ObjectStorage
-):
-    cuts = [{"video": remote.uri("2.mp4"), "start": i / 10, "end": i / 10 + 0.5} for i in range(5)]
-    make(write_manifest(tmp_path / "m.jsonl", cuts), str(tmp_path / "out"), decoder)
-    assert len(samples(tmp_path / "out")) == 5
-    assert sum(method == "GET" and "2.mp4" in path for method, path in remote.requests) == 1
-
-
 def test_failures_say_nothing_but_the_contract(tmp_path: Path, decoder: Decoder):
     make(write_manifest(tmp_path / "m.jsonl", [{"video": "x.mp4"}]), str(tmp_path / "out"), decoder)
     assert [list(row) for row in lines(tmp_path / "out")] == [["key", "id", "video", "stage", "reason"]]
     assert stat.S_IMODE((tmp_path / "out" / "index.json").stat().st_mode) == 0o644
     assert Failure("1", "i", "v", "read", "r").passing is False
-
-
-def test_a_resume_asks_storage_once_for_each_shard(decoder: Decoder, tmp_path: Path):
-    with object_storage(tmp_path / "s3") as remote, pytest.MonkeyPatch.context() as patch:
-        remote.use(patch)
-        manifest, out = write_clips(tmp_path / "in", 60), remote.uri("out")
-        make(manifest, out, decoder)
-        planned = plan(manifest, out, SETTINGS.identity(), SETTINGS.samples_per_shard)
-        remote.requests.clear()
-        of_plan = slices(planned.shards)
-        accounts = [Accountant(out, parts=False).account(shards) for shards in of_plan]
-        assert not any(found.missing for found in accounts)
-        records = [path for _, path in remote.requests if "/.done/" in path]
-        assert len(records) == len(planned.shards) == 11
-        assert len(remote.requests) - len(records) == 2 * len(of_plan)  # lists of the tars and the records
 
 
 def test_a_row_that_cannot_be_meant_is_a_failure_of_the_manifest(tmp_path: Path, decoder: Decoder):

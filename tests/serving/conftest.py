@@ -1,8 +1,6 @@
 """A made corpus, its shards, a model with random weights, and the index of the one by the other."""
 
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,6 @@ from hbi.model.config import AnswerConfig, CaptionConfig, ModelConfig, Reconstru
 from hbi.model.tokenizer import train_tokenizer
 from hbi.model.weights import build_model, save_model
 from hbi.pipelines.sharding.settings import ShardSettings
-from hbi.serving.front import Served, model_of, start
-from hbi.serving.settings import ServeSettings
 
 TOWERS = TowerConfig(
     image_size=32, patch_size=16, vision_width=32, vision_layers=1, vision_heads=2,
@@ -54,19 +50,3 @@ def chain(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A copy of the index, to write to."""
     return str(shutil.copytree(chain / "index", tmp_path_factory.mktemp("served") / "index"))
-
-
-@pytest.fixture(scope="module")
-def served(chain: Path, index: str) -> Iterator[Served]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ServeSettings(port=port, media_root=[str(chain / "corpus")], body_seconds=3.0, replica_cpus=0.2,
-                             max_upload_mb=80)  # fmt: skip
-    with start(model_of(index), index, settings) as running:
-        yield running
-
-
-@pytest.fixture
-def address(served: Served) -> str:
-    return served.address
