@@ -153,8 +153,9 @@ def test_only_what_is_missing_is_made(tmp_path: Path, decoder: Decoder, monkeypa
     (out / ".done" / "test-000000.tar.json").write_bytes(b"{broken")
     (out / "index.json").unlink()
     made = []
-    monkeypatch.setitem(
-        globals(), "make_shard", lambda *args: made.append(args[1].name) or shards.make_shard(*args)
+    monkeypatch.setattr(
+        "tests.support.sharding.make_shard",
+        lambda *args: made.append(args[1].name) or shards.make_shard(*args),
     )
     make(manifest, str(out), decoder)
     assert sorted(made) == ["test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000002.tar"]

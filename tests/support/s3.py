@@ -105,70 +105,71 @@ class ObjectStorage:
         return None
 
 
-def _handler(storage: ObjectStorage, port: int) -> type[BaseHTTPRequestHandler]:
-    class Proxy(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on to the server, but for the faults that are due."""
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    storage: ObjectStorage
+    upstream_port: int
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
-        def relay(self) -> None:
-            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = storage.take(self.command, self.path)
-            if fault == "hang":
-                time.sleep(storage.hang_seconds)
-            if fault == "hold":
-                storage.released.wait()
-            if fault in ("hang", "drop"):
-                self.close_connection = True
-                return
-            if fault in ("503", "500"):
-                code = "SlowDown" if fault == "503" else "InternalError"
-                body = f"<Error><Code>{code}</Code><Message>as ordered</Message></Error>".encode()
-                self.answer(int(fault), {"Content-Type": "application/xml"}, body, len(body))
-                return
-            upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            try:
-                # The Host header goes along as it was: it is part of the signature.
-                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() != "connection":
-                        upstream.putheader(name, value)
-                upstream.endheaders(sent or None)
-                answer = upstream.getresponse()
-                body = answer.read()
-                length = int(answer.headers.get("Content-Length") or len(body))
-                headers = {
-                    name: value
-                    for name, value in answer.headers.items()
-                    if name.lower() not in ("content-length", "transfer-encoding", "connection")
-                }
-            finally:
-                upstream.close()
-            if fault in ("cut", "short"):
-                body = body[: len(body) // 2]
-                length = length if fault == "cut" else len(body)
-                self.close_connection = True
-            # rclone calls a range 200, S3 206: clients look.
-            status = 206 if answer.status == 200 and "Content-Range" in headers else answer.status
-            self.answer(status, headers, body, length)
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-        def answer(self, status: int, headers: dict[str, str], body: bytes, length: int) -> None:
-            try:
-                self.send_response_only(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+    def relay(self) -> None:
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.storage.take(self.command, self.path)
+        if fault == "hang":
+            time.sleep(self.storage.hang_seconds)
+        if fault == "hold":
+            self.storage.released.wait()
+        if fault in ("hang", "drop"):
+            self.close_connection = True
+            return
+        if fault in ("503", "500"):
+            code = "SlowDown" if fault == "503" else "InternalError"
+            body = f"<Error><Code>{code}</Code><Message>as ordered</Message></Error>".encode()
+            self.answer(int(fault), {"Content-Type": "application/xml"}, body, len(body))
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.upstream_port, timeout=30)
+        try:
+            # The Host header goes along as it was: it is part of the signature.
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "connection":
+                    upstream.putheader(name, value)
+            upstream.endheaders(sent or None)
+            answer = upstream.getresponse()
+            body = answer.read()
+            length = int(answer.headers.get("Content-Length") or len(body))
+            headers = {
+                name: value
+                for name, value in answer.headers.items()
+                if name.lower() not in ("content-length", "transfer-encoding", "connection")
+            }
+        finally:
+            upstream.close()
+        if fault in ("cut", "short"):
+            body = body[: len(body) // 2]
+            length = length if fault == "cut" else len(body)
+            self.close_connection = True
+        # rclone calls a range 200, S3 206: clients look.
+        status = 206 if answer.status == 200 and "Content-Range" in headers else answer.status
+        self.answer(status, headers, body, length)
 
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = relay
+    def answer(self, status: int, headers: dict[str, str], body: bytes, length: int) -> None:
+        try:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
 
-    return Proxy
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = relay
 
 
 def free_port() -> int:
@@ -209,7 +210,9 @@ def object_storage(folder: Path) -> Iterator[ObjectStorage]:
                 assert server.poll() is None and time.monotonic() < deadline, "rclone serve s3 did not start"
                 time.sleep(0.05)
         storage = ObjectStorage("", folder)
-        proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(storage, port))
+        proxy = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Proxy", (Proxy,), {"storage": storage, "upstream_port": port})
+        )
         proxy.daemon_threads = True
         storage.endpoint = f"http://127.0.0.1:{proxy.server_address[1]}"
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

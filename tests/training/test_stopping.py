@@ -160,8 +160,9 @@ def test_the_loop_alone_stops_as_well(
 ) -> None:
     """One process without Ray, whose loader has worker processes in the same group."""
     code = (
-        "import sys; from tests.training.test_stopping import rank\n"
-        "if __name__ == '__main__': rank(0, sys.argv[1], sys.argv[2], 1, loaders=1)"
+        "if __name__ == '__main__':\n"  # which its loader's process is not
+        "    import sys; from tests.training.test_stopping import rank\n"
+        "    rank(0, sys.argv[1], sys.argv[2], 1, loaders=1)"
     )
     (tmp_path / "alone.py").write_text(code)
     out = tmp_path / "out"
