@@ -1,6 +1,7 @@
 """What the tests share: one Ray for the whole session, and the folder of real clips where there is one."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: what they have started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 LONGEST = (
@@ -72,7 +78,9 @@ def ray_session() -> Iterator[None]:
 
     # Without an empty entry, which would stand for whatever folder a process is in.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    signal.signal(signal.SIGTERM, handler)  # Ray's own would only fail the test that runs
     yield
     ray.shutdown()
 

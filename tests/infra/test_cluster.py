@@ -20,12 +20,12 @@ import ray
 from hbi import cli
 from hbi.pipelines.sharding import shards as plain
 from hbi.pipelines.sharding.settings import ShardSettings
-from tests.pipelines.test_shards import make
 from tests.support.asking import ask
 from tests.support.clips import video, write_manifest
 from tests.support.cluster import Node, RayCluster, ray_cluster
 from tests.support.mlflow_server import Server
 from tests.support.s3 import ObjectStorage, free_port, object_storage
+from tests.support.sharding import make
 from tests.support.waiting import wait_for
 
 pytestmark = [
