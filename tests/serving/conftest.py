@@ -35,7 +35,7 @@ def make_model(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def chain(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     Corpus(str(folder / "corpus"), clips=CLIPS).run()
@@ -46,7 +46,7 @@ def chain(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def index(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A copy of the index, to write to."""
     return str(shutil.copytree(chain / "index", tmp_path_factory.mktemp("served") / "index"))

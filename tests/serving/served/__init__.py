@@ -1,0 +1,1 @@
+"""What needs the running server: its fixtures live as long as this package of tests."""
