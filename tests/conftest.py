@@ -16,15 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# How often Ray Train looks whether a worker is done or gone: its 2 s are long for a run of seconds.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def pytest_configure() -> None:
-    """SIGTERM ends the tests as Ctrl-C does: what they have started is stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
-
-
 LONGEST = (
     "tests/serving",
     "tests/pipelines/test_sharding_run.py",
@@ -35,6 +30,11 @@ LONGEST = (
     "tests/training/test_checkpoint.py",
 )
 """What takes longest, the longest first: where it is begun last, one process ends long after the other."""
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: what they have started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 def unit_of(test: str) -> str:

@@ -199,18 +199,16 @@ def test_good_and_hostile_clips_in_one_run(ray_session: None, media: Path, tmp_p
 
 
 def start(manifest: str, out: Path | str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
-    """`run.shard` in a process of its own, as `hbi shard` calls it, from another working directory."""
-    code = (
-        # As `hbi` does: a shell without job control has what it starts behind an & ignore Ctrl-C.
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from hbi.model.frames import FrameSettings; from hbi.pipelines.sharding import run\n"
-        "from hbi.pipelines.sharding.settings import ShardSettings\n"
-        "try: print(run.shard(sys.argv[1], sys.argv[2], ShardSettings(frames=3, size=32, samples_per_shard=6)))\n"
-        "except KeyboardInterrupt: sys.exit(130)"
-    )
+    """`hbi shard` with our settings in a process of its own, from another working directory."""
+    flags = {
+        "frames": SETTINGS.frames,
+        "size": SETTINGS.size,
+        "samples-per-shard": SETTINGS.samples_per_shard,
+    }
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", code, manifest, str(out)],
+        [sys.executable, "-m", "hbi", "shard", manifest, str(out), *given],
         cwd=cwd,
         env=environment,
         text=True,
@@ -284,7 +282,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(long_reference: Path, tmp_p
     wait_for(gone(everyone), 10, "the end of what the run started")
 
 
-def test_an_interrupted_run_is_gone_in_five_seconds(long_reference: Path, tmp_path: Path):
+def test_an_interrupted_command_is_gone_in_five_seconds(long_reference: Path, tmp_path: Path):
     manifest, out = str(long_reference / "in" / "manifest.jsonl"), tmp_path / "out"
     driver = start(manifest, out, tmp_path)
     wait_for(lambda: finished(out) >= 1, 90, "a shard")

@@ -22,6 +22,7 @@ from hbi.training.parallel import Process
 from hbi.training.settings import TrainConfig
 from hbi.training.tokenizers import with_tokenizer
 from hbi.training.worker import run
+from tests.support.mlflow_store import fresh_store
 from tests.support.ranks import start_ranks
 from tests.support.training_shards import make_shards, tiny_run
 from tests.training.test_loop import same, weights
@@ -128,7 +129,7 @@ def steps_in(out: Path) -> int:
 def test_a_command_that_is_asked_to_end_keeps_its_step(
     shards: Path, unbroken: dict[int, Path], tmp_path: Path, number: signal.Signals, group: bool
 ) -> None:
-    out, store = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
+    out, store = tmp_path / "out", fresh_store(tmp_path / "store")
     config = replace(config_of(2), tracking=replace(tiny_run().tracking, enabled=True, register=False))
     (tmp_path / "config.json").write_text(config.to_json())
     # What `hbi train` does, with a run that is no named one.
