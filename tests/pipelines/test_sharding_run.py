@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -198,24 +198,38 @@ def test_good_and_hostile_clips_in_one_run(ray_session: None, media: Path, tmp_p
 # --- Runs of their own, with a Ray of their own ---------------------------------------------------------------------
 
 
-def start(manifest: str, out: Path | str, cwd: Path, **environment: str) -> "subprocess.Popen[str]":
-    """`hbi shard` with our settings in a process of its own, from another working directory."""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """`hbi shard` with our settings in a process of its own, from another working directory; ended at the end."""
     flags = {
         "frames": SETTINGS.frames,
         "size": SETTINGS.size,
         "samples-per-shard": SETTINGS.samples_per_shard,
     }
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hbi", "shard", manifest, str(out), *given],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(manifest: str, out: Path | str, **environment: str) -> "subprocess.Popen[str]":
+        job = subprocess.Popen(
+            [sys.executable, "-m", "hbi", "shard", manifest, str(out), *given],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        started.append(job)
+        return job
+
+    yield begin
+    for job in started:
+        if job.poll() is None:
+            job.kill()
+            job.communicate()
 
 
 def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -246,10 +260,10 @@ def finished(out: Path) -> int:
     return len(list(out.glob(".done/*.json")))
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(long_reference: Path, tmp_path: Path):
+def test_killed_anywhere_it_ends_with_the_same_bytes(long_reference: Path, start: Start, tmp_path: Path):
     manifest, out = str(long_reference / "in" / "manifest.jsonl"), tmp_path / "out"
 
-    driver = start(manifest, out, tmp_path)
+    driver = start(manifest, out)
     wait_for(lambda: finished(out) >= 2, 90, "two shards")
     # Two of Ray's agents notice only after a minute that theirs was killed; they hold nothing of ours.
     everyone = [process for process in family(driver) if "Agent" not in name_of(process)]
@@ -263,7 +277,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(long_reference: Path, tmp_p
     }
     assert not (out / "index.json").exists() and 2 <= len(done) < LONG // SETTINGS.samples_per_shard
 
-    driver = start(manifest, out, tmp_path)
+    driver = start(manifest, out)
     workers: list[psutil.Process] = []
 
     def busy() -> bool:
@@ -282,9 +296,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(long_reference: Path, tmp_p
     wait_for(gone(everyone), 10, "the end of what the run started")
 
 
-def test_an_interrupted_command_is_gone_in_five_seconds(long_reference: Path, tmp_path: Path):
+def test_an_interrupted_command_is_gone_in_five_seconds(long_reference: Path, start: Start, tmp_path: Path):
     manifest, out = str(long_reference / "in" / "manifest.jsonl"), tmp_path / "out"
-    driver = start(manifest, out, tmp_path)
+    driver = start(manifest, out)
     wait_for(lambda: finished(out) >= 1, 90, "a shard")
     everyone = family(driver)
     # Five seconds on a machine that has time for us; as much more as others keep its cores busy.
@@ -298,7 +312,7 @@ def test_an_interrupted_command_is_gone_in_five_seconds(long_reference: Path, tm
     assert not (out / ".staging").exists()
 
 
-def test_from_storage_to_storage_with_faults(reference: Path, tmp_path: Path):
+def test_from_storage_to_storage_with_faults(reference: Path, start: Start, tmp_path: Path):
     with object_storage(tmp_path / "s3") as remote:
         for path in (reference / "in").iterdir():
             remote.put(path.name, path.read_bytes())
@@ -308,7 +322,7 @@ def test_from_storage_to_storage_with_faults(reference: Path, tmp_path: Path):
             Fault("short", "/4.mp4"),
             Fault("503", "/out/", "PUT", 3),
         ]
-        driver = start(remote.uri("manifest.jsonl"), remote.uri("out"), tmp_path, **remote.environment())
+        driver = start(remote.uri("manifest.jsonl"), remote.uri("out"), **remote.environment())
         output, errors = driver.communicate(timeout=120)
         assert driver.returncode == 0 and "60 samples and 0 failures of 60 rows" in output, errors
         # Nothing but our own progress is said: no advice of Ray's, no log level of its.
