@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hbi.model.config import ModelConfig, TowerConfig
+from hbi.model.folder import digest_of
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import load_tokenizer, tokenize, train_tokenizer
-from hbi.model.weights import _digest, load_model, save_model
+from hbi.model.weights import load_model, save_model
 
 TOWERS = TowerConfig(
     image_size=16, patch_size=8, vision_width=16, vision_layers=1, vision_heads=2, text_width=16, text_layers=1,
@@ -95,7 +96,7 @@ def test_weights_of_another_model_are_refused(saved: tuple[HBI, Path]) -> None:
     path = saved[1] / "config.json"
     described = json.loads(path.read_text())
     described["model"]["temporal_layers"] = 3
-    path.write_text(json.dumps({**described, "digest": _digest(described)}))
+    path.write_text(json.dumps({**described, "digest": digest_of(described)}))
     with pytest.raises(ValueError, match=r"missing: temporal\.layers\.1") as error:
         load_model(saved[1])
     assert "\n" not in str(error.value)

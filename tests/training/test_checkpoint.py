@@ -18,11 +18,11 @@ from hbi.training.checkpoint import (
     Progress,
     State,
     check_checkpoint,
-    fetched,
     read_progress,
     write_checkpoint,
 )
 from hbi.training.data.order import LoaderState
+from hbi.training.job import fetched
 from hbi.training.loop import Hooks
 from hbi.training.optim import EMA, make_optimizer
 from hbi.training.parallel import Process
