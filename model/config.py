@@ -5,6 +5,11 @@ from typing import Any, Literal
 
 LEVELS = ("entity", "action", "event")
 """From the words and frames themselves to what is left after two merges."""
+NO_HEAD = {
+    "qa": "this model answers no questions: train one with --set.task qa",
+    "caption": "this model writes no captions: train one with --set.task caption",
+}
+"""What is said where a model lacks the head of a task."""
 
 
 def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hbi.model.coalitions import COALITIONS, Importance, importance
-from hbi.model.config import DecodeSettings, FrameSettings
+from hbi.model.config import NO_HEAD, DecodeSettings, FrameSettings
 from hbi.model.frames import resize_crop, sample_indices
 from hbi.model.hbi import HBI
 from hbi.model.tokenizer import caption_marks, detokenize, tokenize
 from hbi.model.tokens import Tokens
 from hbi.pipelines.decoding.clip import DecodeError
 from hbi.pipelines.decoding.decoder import Decoder
-from hbi.serving.refusal import NO_HEAD
 
 BATCH = 32
 """Sentences or videos encoded at once."""

@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from hbi.infra import storage
+from hbi.model.config import NO_HEAD
 from hbi.serving.deploy import Backend
 from hbi.serving.index.rows import Clip
 from hbi.serving.index.snapshot import Snapshot
 from hbi.serving.index.table import ClipTable
 from hbi.serving.media import STORAGE_SECONDS, MediaRoots, in_time, keep_upload
 from hbi.serving.questions import FRESH_SECONDS, NewClip, Page, Span
-from hbi.serving.refusal import NO_HEAD, Refused, require_text, unknown
+from hbi.serving.refusal import Refused, require_text, unknown
 from hbi.serving.settings import ServeSettings
 
 LONGEST_TEXT = 100_000

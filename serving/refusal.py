@@ -2,12 +2,6 @@
 
 from collections.abc import Mapping
 
-NO_HEAD = {
-    "qa": "this model answers no questions: train one with --set.task qa",
-    "caption": "this model writes no captions: train one with --set.task caption",
-}
-"""What is said where a model lacks the head of a task."""
-
 
 class Refused(Exception):
     """What a client is told; it travels from replicas to the front as it is."""
