@@ -58,9 +58,8 @@ class Replica:
     """One process with the model."""
 
     def __init__(self, model: str, tracking: str, index: str, settings: ServeSettings) -> None:
-        from hbi.serving.engine import (
-            Engine,  # in here, so that the writer and the front do without the model
-        )
+        # In here, so that the writer and the front do without the model.
+        from hbi.serving.engine import Engine
 
         self.engine = Engine(model, tracking, index, gpu=settings.replica_gpus > 0)
         batches: Any = self._encode
