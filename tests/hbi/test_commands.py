@@ -2,14 +2,18 @@
 
 import json
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hbi import cli
+from hbi.commands.corpora import Corpus
 from hbi.training.runs.table import RUNS
 from tests.support.commands import run
 
@@ -157,3 +161,37 @@ def test_an_unknown_command_is_told_the_nearest(capsys, monkeypatch) -> None:
     status, _, err = run(capsys, monkeypatch, "serch")
     assert status == 2
     assert "'search'" in one_line(err)
+
+
+def test_ctrl_c_ends_a_command_and_leaves_no_process(tmp_path: Path) -> None:
+    Corpus(str(tmp_path / "corpus"), clips=12).run()
+    row = (tmp_path / "corpus" / "manifest.jsonl").read_text().splitlines()[0]
+    manifest = tmp_path / "corpus" / "many.jsonl"
+    manifest.write_text("".join(row + "\n" for _ in range(20_000)))
+    command = [
+        sys.executable,
+        "-m",
+        "hbi",
+        "shard",
+        str(manifest),
+        str(tmp_path / "out"),
+        "--samples-per-shard",
+        "4",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as job:
+        try:
+            done = tmp_path / "out" / ".done"
+            deadline = time.monotonic() + 120
+            while not (done.exists() and any(done.iterdir())) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert done.exists(), "no shard was made in two minutes"
+            started = psutil.Process(job.pid).children(recursive=True)
+            assert started
+            job.send_signal(signal.SIGINT)
+            _, err = job.communicate(timeout=60)
+            assert job.returncode == 130
+            assert b"Traceback" not in err
+        finally:
+            job.kill()
+    _, left = psutil.wait_procs(started, timeout=5)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
