@@ -15,6 +15,7 @@ import torch
 
 from hbi.infra import storage
 from hbi.infra.mlflow.resolve import resolve_model
+from hbi.infra.mlflow.store import first_line
 from hbi.model.config import ModelConfig
 from hbi.model.folder import CONFIG, read_config
 from hbi.model.hbi import HBI
@@ -109,6 +110,12 @@ def with_init(config: TrainConfig, out: str, tracking: str | None) -> TrainConfi
     return replace(config, model=held)
 
 
+def require_init(config: TrainConfig, out: str) -> None:
+    """ValueError, within seconds, where the run begins from a backbone that is neither in OUT nor to be had."""
+    if not config.init_from and not storage.exists(storage.join(storage.join(out, INIT), CONFIG)):
+        require_reachable(config.model.backbone)
+
+
 def require_reachable(backbone: str) -> None:
     """ValueError, within seconds, where a backbone is neither a folder, nor in the cache, nor to be had by network.
 
@@ -132,7 +139,7 @@ def require_reachable(backbone: str) -> None:
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(
             f"--set.model.backbone {backbone}: not in the cache of this machine, and {constants.ENDPOINT} does not "
-            f"give it ({error}): {mend}"
+            f"give it ({first_line(error)}): {mend}"
         ) from None
 
 
@@ -160,8 +167,9 @@ def _backbone_tokenizer(backbone: str) -> Any:
     try:
         return load_tokenizer(backbone)
     except OSError as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--set.model.backbone {backbone}: its tokenizer is not at hand ({first})") from None
+        raise ValueError(
+            f"--set.model.backbone {backbone}: its tokenizer is not at hand ({first_line(error)})"
+        ) from None
 
 
 def init_model(config: ModelConfig, folder: str) -> HBI:

@@ -81,6 +81,10 @@ def train(
             return finished
     if uri and not storage.exists(storage.join(out, RUN_ID)):  # one that goes on may wait for its server
         require_answer(uri)
+    if has_init(config):  # said before Ray starts
+        from hbi.training.init import require_init
+
+        require_init(config, out)
     with ray_running():
         check_cluster(config)
         require_shared({"--data": data, "--out": out} | ({"--tracking": uri} if uri else {}))

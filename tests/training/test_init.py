@@ -16,6 +16,7 @@ from hbi.model.config import ModelConfig
 from hbi.model.tokenizer import load_tokenizer, train_tokenizer
 from hbi.model.weights import build_model, load_model, load_published, save_model
 from hbi.pipelines.sample import ShardIndex
+from hbi.training import run
 from hbi.training.checkpoint import Checkpoints
 from hbi.training.init import with_init
 from hbi.training.job import INIT, has_init
@@ -115,6 +116,17 @@ def test_a_backbone_that_cannot_be_had_is_said_at_once(
     with pytest.raises(ValueError, match="no such folder, and no name of a model"):
         with_init(replace(config, model=ModelConfig(backbone="/no/folder")), str(tmp_path), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_begin_says_so_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards(tmp_path / "shards", train=[2], val=[2])
+    monkeypatch.setattr(run, "ray_running", lambda: pytest.fail("Ray starts"))
+    config = replace(tiny_run(), model=ModelConfig(backbone="/no/folder"))
+    with pytest.raises(ValueError, match="no such folder, and no name of a model"):
+        run.train(config, str(tmp_path / "shards"), str(tmp_path / "out"), f"sqlite:///{tmp_path}/mlflow.db")
+    assert not (tmp_path / "out").exists()
 
 
 class Silent(BaseHTTPRequestHandler):
