@@ -211,7 +211,7 @@ def test_ranks_give_the_loss_and_gradient_of_one_process(results: list[dict], na
         assert gradients.keys() >= expected.keys()
         largest = max(gradient.norm() for gradient in expected.values())
         for key, gradient in expected.items():
-            assert (gradients[key] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * largest), key
+            assert (gradients[key] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), key
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
