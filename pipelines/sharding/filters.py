@@ -101,12 +101,12 @@ class FilterSettings:
         }
 
 
-# --- A clip by itself -----------------------------------------------------------------------------------------------
-
-
 def _flag(name: str) -> str:
     """What a field is called where it is given."""
     return f"--filters.{name.replace('_', '-')}"
+
+
+# --- A clip by itself -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
