@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     OPPONENT: {"published": True},
     "published, anomaly detection": {"published": True, "anomalies": True},
     "ours": {},
+    "ours, compiled": {"compiled": True},
     "ours, bfloat16": {"bf16": True},
     "ours, bfloat16, recomputed": {"bf16": True, "checkpointing": True},
     "ours, bfloat16, compiled": {"bf16": True, "compiled": True},

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 4
 """Of a demo folder: another version's is not resumed."""
-DEFAULT_CLIPS = 10_000
+DEFAULT_CLIPS = 14_000
 """With fewer there is too little to learn from to ask for a score."""
 LEAST_RECALL = 45.0
 """Text-to-video R@1 on the test split, in percent, under which something is wrong."""

@@ -61,7 +61,7 @@ def demo() -> TrainConfig:
         model=ModelConfig(towers=towers, words=32, frames=6, temporal_layers=2, predictor_width=8),
         loss=LossSettings(levels=(1.0, 0.0, 0.0), interaction=0.0, distillation=0.0),
         data=DataSettings(batch=64, workers=0, keep_mb=500),
-        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=24),
+        optim=OptimSettings(lr=1e-3, backbone_lr=1e-3, weight_decay=0.05, epochs=16),
         compute=ComputeSettings(bf16=False),
         workers=WorkerSettings(count=2, cpus=0.5),
         evaluate=EvaluateSettings(every_epochs=8),
