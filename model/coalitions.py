@@ -23,7 +23,7 @@ COALITIONS = 1024
 """Of a side so many are scored at most: all of few players, a random sample of more."""
 WORD_PRESENCE = 0.5
 """How likely each other word is in a coalition: Banzhaf's own."""
-FRAME_PRESENCE = 0.3
+FRAME_PRESENCE = 0.25
 """How likely each other frame is. Frames stand in for one another: among half of them, one that shows what is asked
 adds little, since another still does. Among few it shows what it is good for."""
 
