@@ -95,7 +95,7 @@ def test_explain_tells_words_and_what_was_cut(chain: Path, address: str) -> None
         chain / "corpus" / "videos" / "clip-000003.mp4", "red unknownword"
     )
     assert why["word_values"] == pytest.approx(shown.word_values.tolist(), abs=2e-3)
-    assert why["frame_values"] == pytest.approx(shown.frame_values.tolist(), abs=2e-3)
+    assert why["frame_values"] == pytest.approx(shown.frame_values.tolist(), abs=5e-3)
     assert why["word_values"][0] == why["word_values"][-1] == 0
     long = ask(address, "POST", "/search", {"text": "red square " * 5000, "k": 1})
     assert (long.status, long.json["note"]) == (
