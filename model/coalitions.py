@@ -65,12 +65,17 @@ class Coalitions(NamedTuple):
 
 
 def coalitions(players: int, presence: float, most: int = COALITIONS, seed: int = 0) -> Coalitions:
-    """All 2^players sets, bit i of a row's number saying that player i is in it; or, if more, a sample of `most`."""
+    """All 2^players sets, or, if more, a sample of `most`."""
     if 2**players <= most:
-        sets = (torch.arange(2**players)[:, None] >> torch.arange(players)) & 1 == 1
+        sets = every_set(players)
         size = sets.sum(1)
         return Coalitions(sets, presence ** size.double() * (1 - presence) ** (players - size), presence)
     return sampled_coalitions(players, presence, most, seed)
+
+
+def every_set(players: int) -> Bool[Tensor, "sets players"]:
+    """All sets, bit i of a row's number saying that player i is in it."""
+    return (torch.arange(2**players)[:, None] >> torch.arange(players)) & 1 == 1
 
 
 def sampled_coalitions(players: int, presence: float, most: int, seed: int = 0) -> Coalitions:

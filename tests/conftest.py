@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.support.mlflow_server import Server
+    from tests.support.s3 import ObjectStorage
 
 # Before any of ours is imported: child processes and Ray workers inherit it, and nothing may look for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -83,6 +84,24 @@ def ray_session() -> Iterator[None]:
     signal.signal(signal.SIGTERM, handler)  # Ray's own would only fail the test that runs
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ObjectStorage]":
+    """One object storage for a file of tests, named by the environment."""
+    from tests.support.s3 import object_storage
+
+    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
+        running.use(patch)
+        yield running
+
+
+@pytest.fixture
+def remote(s3_server: "ObjectStorage") -> "ObjectStorage":
+    """The file's object storage, without the faults and requests of the test before."""
+    s3_server.faults.clear()
+    s3_server.requests.clear()
+    return s3_server
 
 
 @pytest.fixture(scope="session")

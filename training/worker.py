@@ -170,7 +170,11 @@ def _tracked(job: Job, process: Process) -> Iterator[Tracker]:
         outbox = str(Path(tempfile.gettempdir()) / f"hbi-tracking-{os.getuid()}")
     name = f"{config.name}-{datetime.now():%m%d-%H%M%S}"
     uri = job.uri if enabled else ""
-    with Tracker(uri, config.tracking.experiment, name, outbox, run_id, job.line.say) as tracker:
+
+    def say(what: str) -> None:
+        job.line.say(f"tracking: {what}")
+
+    with Tracker(uri, config.tracking.experiment, name, outbox, run_id, say) as tracker:
         if enabled:
             storage.write_bytes(known, str(tracker.run_id).encode())
             # The answers lie in a file of the run, and are too long for a parameter.

@@ -26,12 +26,12 @@ INTERRUPTED = "interrupted"
 Written = dict[str, set[int]]
 """By metric, the steps at which the store has a value."""
 Say = Callable[[str], object]
-"""Takes a line about tracking."""
+"""Takes what there is to say about tracking."""
 
 
-def tell(line: str) -> None:
-    """On standard error."""
-    print(line, file=sys.stderr, flush=True)
+def tell(what: str) -> None:
+    """A line about tracking, on standard error."""
+    print(f"tracking: {what}", file=sys.stderr, flush=True)
 
 
 def send(
@@ -130,13 +130,13 @@ def _send_artifact(store: "MlflowClient", run_id: str, event: Event, outbox: Out
         elif path.exists():
             store.log_artifact(run_id, str(path), event["folder"])
         elif outbox.files not in path.parents:  # a picture that is gone was sent by an earlier try
-            say(f"tracking: {path} was gone before it could be sent")
+            say(f"{path} was gone before it could be sent")
     except Exception as error:
         tries = event.get("tries", 0) + 1
         if tries < UPLOAD_TRIES:
             outbox.write([event | {"tries": tries}])
             return
-        say(f"tracking: {path} could not be sent ({first_line(error)}): given up after {tries} tries")
+        say(f"{path} could not be sent ({first_line(error)}): given up after {tries} tries")
     outbox.forget_file(path)
 
 

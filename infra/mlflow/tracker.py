@@ -137,7 +137,7 @@ class Tracker:
         self.unsent = self.outbox.waiting + self.queue.qsize()
         if self.unsent:
             self.say(
-                f"tracking: {self.unsent} records of run {self.run_id} are not sent to {shown(self.uri)}; "
+                f"{self.unsent} records of run {self.run_id} are not sent to {shown(self.uri)}; "
                 f"{self.outbox.path} keeps them: they are sent when the run is resumed, or by "
                 f"`python -m hbi.infra.mlflow.tracker {self.outbox.path} {shown(self.uri)}`"
             )
@@ -168,7 +168,7 @@ class Tracker:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     return run_id
             # A week of training must not end because someone tidied up the store.
-            self.say(f"tracking: run {run_id} is not in {shown(self.uri)} any more: going on in a new run")
+            self.say(f"run {run_id} is not in {shown(self.uri)} any more: going on in a new run")
             tags = {"resumes": run_id}
         made = store.create_run(experiment_id(self.uri, experiment), run_name=run_name, tags=tags)
         return made.info.run_id
@@ -197,7 +197,7 @@ class Tracker:
                 if not self.away:
                     self.away = first_line(error)
                     self.say(
-                        f"tracking: {shown(self.uri)} is away ({self.away}): records are kept in {self.outbox.path}"
+                        f"{shown(self.uri)} is away ({self.away}): records are kept in {self.outbox.path}"
                     )
                 next_try = time.monotonic() + RETRY_SECONDS
         self.outbox.close()
@@ -208,7 +208,7 @@ class Tracker:
         for batch in self.outbox.batches():
             send(store, self.run_id, batch, self.outbox, self.written, self.say)
         if self.away:
-            self.say(f"tracking: {shown(self.uri)} is back, and has everything")
+            self.say(f"{shown(self.uri)} is back, and has everything")
         self.away = ""
 
     def _gather(self, events: list[Event]) -> bool:
@@ -232,7 +232,7 @@ class Tracker:
                 try:
                     numbers[key] = float(value)
                 except (TypeError, ValueError, RuntimeError) as error:
-                    self.say(f"tracking: left out {key} of step {event['step']}: {first_line(error)}")
+                    self.say(f"left out {key} of step {event['step']}: {first_line(error)}")
             return event | {"values": numbers}
         if event["kind"] == "file":
             place = Path(event["name"])
@@ -243,7 +243,7 @@ class Tracker:
             try:
                 content = figure if isinstance(figure, bytes) else png(figure)
             except Exception as error:  # whatever drawing may raise
-                self.say(f"tracking: left out the figure {event['name']}: {first_line(error)}")
+                self.say(f"left out the figure {event['name']}: {first_line(error)}")
                 return None
             file = self.outbox.keep_file(place.name, content)
             return {"kind": "artifact", "path": str(file), "folder": str("figures" / place.parent)}

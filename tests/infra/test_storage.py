@@ -6,28 +6,13 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from hbi.infra import storage
-from tests.support.s3 import Fault, ObjectStorage, object_storage
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
-    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        running.use(patch)
-        yield running
-
-
-@pytest.fixture
-def remote(server: ObjectStorage) -> Iterator[ObjectStorage]:
-    server.faults.clear()
-    server.requests.clear()
-    yield server
+from tests.support.s3 import Fault, ObjectStorage
 
 
 @pytest.fixture(params=["local", "s3"])

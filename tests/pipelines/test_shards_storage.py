@@ -1,7 +1,6 @@
 """Shards from and to object storage, whatever it does."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,11 @@ from tests.support.sharding import SETTINGS, lines, make, samples
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
-    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        running.use(patch)
-        for seed in range(5):
-            running.path(f"{seed}.mp4").write_bytes(video(seed))
-        yield running
-
-
-@pytest.fixture
-def remote(server: ObjectStorage) -> Iterator[ObjectStorage]:
-    server.faults.clear()
-    server.requests.clear()
-    yield server
+def s3_server(s3_server: ObjectStorage) -> ObjectStorage:
+    """With five videos."""
+    for seed in range(5):
+        s3_server.path(f"{seed}.mp4").write_bytes(video(seed))
+    return s3_server
 
 
 def rows(count: int) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """A checkpoint is whole or absent, local or remote, and holds everything that a run is."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +28,10 @@ from hbi.training.parallel import Process
 from hbi.training.settings import OptimSettings
 from hbi.training.tokenizers import with_tokenizer
 from hbi.training.worker import run
-from tests.support.s3 import ObjectStorage, object_storage
+from tests.support.s3 import ObjectStorage
 from tests.support.training_shards import make_shards, tiny_model, tiny_run
 
 HERE = Process(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
-    with object_storage(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment().items():
-            patch.setenv(name, value)
-        yield running
 
 
 def state_of(seed: int) -> State:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hbi.model.banzhaf import exact_interaction
-from hbi.model.coalitions import coalition_scores, importance, tokens_of, words_of_tokens
+from hbi.model.coalitions import coalition_scores, every_set, importance, tokens_of, words_of_tokens
 from hbi.model.curves import Areas, areas, best_areas, random_areas
 from hbi.model.hbi import HBI
 from hbi.model.moments import moment, temporal_iou
@@ -98,11 +98,6 @@ class Match:
         piece = self.word_of_token >= 0
         nothing = torch.zeros(self.words, *of_tokens.shape[1:])
         return nothing.index_add(0, self.word_of_token[piece], of_tokens[piece].float())
-
-
-def every_set(players: int) -> Tensor:
-    """All sets, bit i of a row's number saying that player i is in it."""
-    return (torch.arange(2**players)[:, None] >> torch.arange(players)) & 1 == 1
 
 
 class Explanation(NamedTuple):
